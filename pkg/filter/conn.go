@@ -1,0 +1,278 @@
+package filter
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/rewrite"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
+	"github.com/nfconnfilter/nfconnfilter/pkg/tcpemu"
+)
+
+// speaker tells whose payload was seen last.
+type speaker uint8
+
+const (
+	nobody speaker = iota
+	remoteSpoke
+	localSpoke
+)
+
+// conn is one connection structure. Numbers in ep are the remote's view.
+type conn struct {
+	app   *app
+	index int // in app.conns
+	id    ConnID
+	role  appstate.Role
+	state appstate.Conn
+	ep    tcpemu.Endpoint
+
+	handshake bool         // SYN and SYN-ACK were seen: iss, irs and options are exact
+	iss, irs  seqnum.Value // initial numbers, remote's view
+	ackSeen   bool         // the remote is known to have completed the handshake
+	syn       pendingSyn
+	listed    bool   // found by sock_diag at SNAPSHOTSTART
+	learned   bool   // ep's numbers are current
+	refused   string // why this connection cannot be held, "" when it can
+	created   Time
+
+	bytesIn, bytesOut uint64
+	lastIn, lastOut   Time // of payload
+	last              speaker
+
+	finIn, finOut       bool // FIN passed to local, to the remote
+	finInEnd, finOutEnd seqnum.Value
+	expire              Time // when a closed connection is forgotten, 0: not
+
+	// The snapshot under way, and the hold.
+	frozen    bool
+	sealed    bool
+	confirmed bool         // local told its numbers after the freeze
+	rcvKnown  bool         // ep.RcvNxt is near enough for an ask, though ep is not learned
+	asks      uint32       // asks sent in this snapshot
+	askFrom   uint32       // asks up to here were sent before the freeze
+	askBase   seqnum.Value // number that asks count down from, local's view
+	askAt     Time         // not before then is local asked again
+	sendQueue uint32       // octets that sock_diag showed unacknowledged at SNAPSHOTSTART
+	localGone bool
+	fwd       bool // fwdAck and fwdWnd were handed to local
+	fwdAck    seqnum.Value
+	fwdWnd    uint16
+	discarded uint64
+	kept      []byte       // payload from keptAt on
+	keptAt    seqnum.Value // RCV.NXT of the hold
+	keptFin   bool
+	tokens    uint8
+	tokensAt  Time
+
+	// The handshake with the returning local side.
+	hsIRS     seqnum.Value
+	hsISN     seqnum.Value
+	hsTS      uint32 // TSval of its SYN-ACK
+	hsStarted bool
+	hsDone    bool
+	hsTries   uint32
+	hsError   string
+	retries   uint8
+	redoAt    Time
+	hsWindow  uint16
+
+	translated bool
+	tr         rewrite.Translation
+	edge       rewrite.Edge
+}
+
+// set moves the connection to another state: the one door. An impossible
+// transition is an error of ours, never of a packet.
+func (c *conn) set(n appstate.Conn) {
+	if !c.state.CanFollow(n) {
+		panic(fmt.Sprintf("filter: connection %v: %v cannot become %v", c.id, c.state, n))
+	}
+	if c.state == n {
+		return
+	}
+	c.app.count[c.state]--
+	c.state = n
+	c.app.count[n]++
+}
+
+// toLocal and toRemote translate numbers between the two views.
+func (c *conn) localSeqIn(v seqnum.Value) seqnum.Value  { return v.Add(-c.tr.In) }
+func (c *conn) localSeqOut(v seqnum.Value) seqnum.Value { return v.Add(-c.tr.Out) }
+
+// localAddr is the address of local's own socket.
+func (c *conn) localAddr() netip.AddrPort {
+	if c.tr.Port != 0 {
+		return netip.AddrPortFrom(c.id.Local.Addr(), c.tr.Port)
+	}
+	return c.id.Local
+}
+
+// alive tells whether the connection has a remote that must be kept.
+func (c *conn) alive() bool {
+	switch c.state {
+	case appstate.Connect:
+		return c.ackSeen || c.listed // else the handshake has no end yet
+	case appstate.ConnectRmt, appstate.Restoring:
+		return true
+	case appstate.Closing: // the remote closed, local still speaks
+		return c.finIn && !c.finOut
+	}
+	return false
+}
+
+// restorable tells whether RESTORECONN has to bring the connection back.
+func (c *conn) restorable() bool {
+	switch c.state {
+	case appstate.ConnectRmt, appstate.Rst, appstate.Restoring:
+		return c.role == appstate.Passive && c.ackSeen && !c.hsDone
+	}
+	return false
+}
+
+// token takes one of the acknowledgements that a remote may be given in
+// short order: two held ends that disagree must not answer each other at
+// the speed of the wire.
+func (c *conn) token(now Time) bool {
+	const burst, every = 32, 10e6
+	if n := (now - c.tokensAt) / every; n > 0 {
+		c.tokens = uint8(min(int64(c.tokens)+n, burst))
+		c.tokensAt = now
+	}
+	if c.tokens == 0 {
+		return false
+	}
+	c.tokens--
+	return true
+}
+
+// observeIn takes note of a remote's segment that passes to local; numbers
+// are the remote's view.
+func (c *conn) observeIn(now Time, s *packet.Segment) {
+	if s.Has(packet.SYN) {
+		return
+	}
+	if n := s.PayloadLen(); n > 0 {
+		c.lastIn, c.last = now, remoteSpoke
+	}
+	if s.Has(packet.ACK) {
+		c.ackSeen = true
+		c.ep.NoteWindow(s)
+		if c.learned && c.ep.SndUna.Less(s.Ack) && s.Ack.LessEq(c.ep.SndNxt) {
+			c.ep.SndUna = s.Ack
+		}
+	}
+	if s.Opt.HasTS && (!c.learned || c.ep.TSAt == 0 || seqnum.NewerTS(s.Opt.TSVal, c.ep.TSRec)) {
+		c.ep.TSRec, c.ep.TSAt = s.Opt.TSVal, now
+	}
+	if s.Has(packet.FIN) {
+		c.finIn, c.finInEnd = true, s.End()
+	}
+	c.closing(now)
+}
+
+// observeOut takes note of a segment of local that goes to the remote;
+// numbers are the remote's view. exact: everything of the connection is
+// captured, so that numbers that were unknown are now known.
+func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
+	if s.Has(packet.SYN) || !s.Has(packet.ACK) {
+		return
+	}
+	n := uint32(s.PayloadLen())
+	end := s.End()
+	if !c.learned {
+		if !exact {
+			c.finish(now, s)
+			return
+		}
+		c.ep.SndNxt, c.ep.RcvNxt, c.ep.SndUna = end, s.Ack, s.Seq
+		if s.Opt.HasTS && c.ep.TSAt == 0 {
+			c.ep.TSRec, c.ep.TSAt = s.Opt.TSEcr, now
+		}
+		c.ep.TSVal = s.Opt.TSVal
+		c.learned = true
+		c.bytesOut += uint64(n)
+	} else {
+		if c.ep.SndNxt.Less(end) {
+			c.bytesOut += uint64(end.Size(c.ep.SndNxt))
+			c.ep.SndNxt = end
+		}
+		if c.ep.RcvNxt.Less(s.Ack) {
+			c.bytesIn += uint64(s.Ack.Size(c.ep.RcvNxt))
+			c.ep.RcvNxt = s.Ack
+		}
+		if s.Opt.HasTS && seqnum.NewerTS(s.Opt.TSVal, c.ep.TSVal) {
+			c.ep.TSVal = s.Opt.TSVal
+		}
+	}
+	if n > 0 {
+		c.lastOut, c.last = now, localSpoke
+	}
+	if s.Ack == c.ep.RcvNxt && !s.Has(packet.RST) {
+		c.ep.Window = s.Window
+		if right := s.Ack.Add(uint32(s.Window) << c.ep.Opt.LocalScale); c.ep.Edge.Less(right) || !c.ep.Edge.InRange(s.Ack, s.Ack.Add(1<<30)) {
+			c.ep.Edge = right
+		}
+	}
+	c.finish(now, s)
+}
+
+func (c *conn) finish(now Time, s *packet.Segment) {
+	if s.Has(packet.FIN) {
+		c.finOut, c.finOutEnd = true, s.End()
+	}
+	c.closing(now)
+}
+
+// closing moves a connection that one side or both have closed. The structure
+// goes only when the close was acknowledged, or would have been: in CONNECTED
+// the last ACK is not seen.
+func (c *conn) closing(now Time) {
+	const linger = 130e9 // longer than TIME_WAIT and the remote's last FIN
+	if !c.finIn && !c.finOut {
+		return
+	}
+	if c.state == appstate.Connect || c.state == appstate.SynRcvd {
+		c.set(appstate.Closing)
+	}
+	if c.finIn && c.finOut && c.expire == 0 {
+		c.expire = (now+linger)/1e9*1e9 + 1e9 // whole seconds: one look for many
+		c.app.engine.at(c.expire)
+	}
+}
+
+// keptEnd is the number behind everything kept.
+func (c *conn) keptEnd() seqnum.Value {
+	end := c.keptAt.Add(uint32(len(c.kept)))
+	if c.keptFin {
+		end = end.Add(1)
+	}
+	return end
+}
+
+// missing names what keeps a frozen connection from being accounted for.
+func (c *conn) missing(now Time) string {
+	switch {
+	case c.refused != "":
+		return c.refused
+	case !c.alive():
+		return ""
+	case !c.learned:
+		return "its numbers are not learned yet"
+	case c.discarded > 0:
+		return fmt.Sprintf("%d octets from local after the seal were discarded", c.discarded)
+	case !c.frozen && !c.sealed:
+		return "not at its boundary: the remote spoke last and local has not answered"
+	case c.ep.SndUna != c.ep.SndNxt:
+		return fmt.Sprintf("%d octets sent are not acknowledged by the remote", c.ep.SndNxt.Size(c.ep.SndUna))
+	case c.sealed:
+		return ""
+	case !c.confirmed:
+		return "local has not confirmed its numbers"
+	case c.lastOut != 0 && now-c.lastOut < c.app.quiet:
+		return "local is still speaking"
+	}
+	return ""
+}

@@ -1,0 +1,392 @@
+// Package filter is the verdict engine. It follows the connections of the
+// applications behind virtual IPs, speaks for an application that is away and
+// translates the connections of one that came back.
+//
+// The engine is pure: packets, requests and the time come in through Step,
+// everything that is to be done goes out through Effects. It has no clock, no
+// source of randomness but its seed, no lock and no goroutine; the same events
+// give the same octets. One goroutine calls it. The caller's duties are in the
+// comment of Effects.
+package filter
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
+)
+
+// Config bounds the engine. Zero values take the defaults in brackets.
+type Config struct {
+	MaxConns    int    // connection structures in all [1048576]
+	KeepPerConn int    // octets kept for one connection [60000]
+	KeepTotal   int    // octets kept in all [268435456]
+	MaxSyns     int    // kept SYNs for one application [4096]
+	Seed        uint64 // of the numbers that outsiders must not guess
+}
+
+func (c *Config) defaults() {
+	c.MaxConns = cmp.Or(c.MaxConns, 1<<20)
+	c.KeepPerConn = cmp.Or(c.KeepPerConn, 60000)
+	c.KeepTotal = cmp.Or(c.KeepTotal, 256<<20)
+	c.MaxSyns = cmp.Or(c.MaxSyns, 4096)
+}
+
+// Engine is the verdict engine of one queue.
+type Engine struct {
+	cfg     Config
+	apps    map[string]*app
+	order   []*app // sorted by name
+	byVIP   map[netip.Addr]*app
+	blocked map[netip.Addr]bool // VIPs whose connections were lost while away
+	conns   map[ConnID]*conn
+	kept    int
+	rng     uint64
+	timers  timers
+	pending []*pending
+	reasons [NumReasons]uint64 // of packets that belong to no application
+
+	seg  packet.Segment
+	icmp packet.ICMPError
+}
+
+// New makes an engine with no applications.
+func New(cfg Config) *Engine {
+	cfg.defaults()
+	return &Engine{
+		cfg: cfg, apps: map[string]*app{}, byVIP: map[netip.Addr]*app{}, blocked: map[netip.Addr]bool{}, conns: map[ConnID]*conn{},
+		rng: cfg.Seed,
+	}
+}
+
+// Block drops everything of a VIP until an application is registered on it:
+// what was held there before is not known any more.
+func (e *Engine) Block(vip netip.Addr) { e.blocked[vip] = true }
+
+// app is one application structure.
+type app struct {
+	engine *Engine
+	name   string
+	vips   []netip.Addr
+	state  appstate.App
+	snapID string
+
+	include, exclude, outgoing []uint16
+	includeNets, excludeNets   []netip.Prefix
+	listen                     []uint16 // ports that were listened on at SNAPSHOTSTART
+
+	conns []*conn
+	count [appstate.Removed + 1]uint32
+
+	sealed      bool
+	quiet       Time
+	froze       Time
+	wake        bool // the restore flag, and from SNAPSHOTDONE on the outstanding request
+	wakeWhy     Reason
+	wakeAt      Time // when the request goes out again, 0: not outstanding
+	wakeTries   uint
+	syns        []keptSyn
+	synIndex    map[ConnID]int // into syns
+	synTokens   int
+	synTokensAt Time
+	probedAt    Time
+	tickAt      Time
+
+	reasons           [NumReasons]uint64
+	bytesIn, bytesOut uint64 // of connections that ended
+}
+
+// keptSyn is a SYN for a new connection that waits for RESTORED.
+type keptSyn struct {
+	id   ConnID
+	data []byte
+}
+
+// set moves the application to another state: the one door.
+func (a *app) set(n appstate.App, fx *Effects, why string) {
+	a.state = n
+	fx.Notes = append(fx.Notes, Note{App: a.name, State: n, Text: why})
+}
+
+// wants tells whether traffic of local port and remote address is the
+// application's, by its lists.
+func (a *app) wants(id ConnID) bool {
+	p := id.Local.Port()
+	if slices.Contains(a.exclude, p) {
+		return false
+	}
+	r := id.Remote.Addr()
+	for _, n := range a.excludeNets {
+		if n.Contains(r) {
+			return false
+		}
+	}
+	if len(a.includeNets) == 0 {
+		return true
+	}
+	for _, n := range a.includeNets {
+		if n.Contains(r) {
+			return true
+		}
+	}
+	return false
+}
+
+// listens tells whether a SYN to port is one for the application's listeners.
+func (a *app) listens(port uint16) bool {
+	if len(a.include) > 0 && !slices.Contains(a.include, port) {
+		return false
+	}
+	return slices.Contains(a.listen, port)
+}
+
+// NextDeadline is the time at which Step wants to be called with an empty
+// event, 0 when there is none.
+func (e *Engine) NextDeadline() Time {
+	if len(e.timers) == 0 {
+		return 0
+	}
+	return e.timers[0]
+}
+
+// at asks for a deadline. What is due then is found by looking.
+func (e *Engine) at(t Time) { e.timers.push(t) }
+
+// Step takes one event. It never blocks and, for packets of the steady path,
+// allocates nothing.
+func (e *Engine) Step(now Time, ev Event, fx *Effects) {
+	if ev.Packet != nil {
+		e.packet(now, ev.Packet, fx)
+	}
+	if ev.Request != nil {
+		e.request(now, ev.Request, fx)
+	}
+	if len(e.timers) > 0 && e.timers[0] <= now {
+		for len(e.timers) > 0 && e.timers[0] <= now {
+			e.timers.pop()
+		}
+		e.due(now, fx)
+	}
+}
+
+// due does everything whose time has come.
+func (e *Engine) due(now Time, fx *Effects) {
+	for _, a := range e.order {
+		e.dueApp(now, a, fx)
+	}
+	e.duePending(now, fx)
+}
+
+func (e *Engine) dueApp(now Time, a *app, fx *Effects) {
+	if a.tickAt != 0 && a.tickAt <= now {
+		a.tickAt = 0
+		e.tick(now, a, fx)
+	}
+	if a.wakeAt != 0 && a.wakeAt <= now {
+		e.requestRestore(now, a, fx)
+	}
+	for i := len(a.conns) - 1; i >= 0; i-- {
+		c := a.conns[i]
+		if c.redoAt != 0 && c.redoAt <= now {
+			e.redeliver(now, c, fx)
+		}
+		if c.expire != 0 && c.expire <= now && !a.state.Away() {
+			e.remove(c, fx)
+		}
+	}
+}
+
+// tick is the beat of an application that is being snapshotted or restored.
+func (e *Engine) tick(now Time, a *app, fx *Effects) {
+	const beat = 5e6
+	switch a.state {
+	case appstate.SnapshotStart, appstate.SnapshotFreeze:
+		for _, c := range a.conns {
+			e.tickConn(now, a, c, fx)
+		}
+	default:
+		return
+	}
+	a.tickAt = now + beat
+	e.at(a.tickAt)
+}
+
+func (e *Engine) tickConn(now Time, a *app, c *conn, fx *Effects) {
+	if !c.alive() {
+		return
+	}
+	if a.state == appstate.SnapshotFreeze {
+		e.freezeQuiet(now, c, fx)
+	}
+	if c.refused != "" || c.sealed {
+		return
+	}
+	needs := !c.learned || (c.frozen && !c.confirmed)
+	if needs && now >= c.askAt {
+		e.ask(now, c, fx)
+	}
+}
+
+// rand is splitmix64 over the seed.
+func (e *Engine) rand() uint64 {
+	e.rng += 0x9e3779b97f4a7c15
+	z := e.rng
+	z = (z ^ z>>30) * 0xbf58476d1ce4e5b9
+	z = (z ^ z>>27) * 0x94d049bb133111eb
+	return z ^ z>>31
+}
+
+// newConn makes a connection structure, or nil when the table is full.
+func (e *Engine) newConn(now Time, a *app, id ConnID, role appstate.Role, state appstate.Conn) *conn {
+	if len(e.conns) >= e.cfg.MaxConns {
+		a.reasons[TableFull]++
+		return nil
+	}
+	c := &conn{app: a, id: id, role: role, state: state, created: now, index: len(a.conns), tokens: 32}
+	c.ep.Local, c.ep.Remote = id.Local, id.Remote
+	a.conns = append(a.conns, c)
+	a.count[state]++
+	e.conns[id] = c
+	return c
+}
+
+// remove forgets a connection and everything kept for it.
+func (e *Engine) remove(c *conn, fx *Effects) {
+	a := c.app
+	if c.translated {
+		e.flow(c, false, fx)
+	}
+	e.unkeep(c)
+	a.bytesIn += c.bytesIn
+	a.bytesOut += c.bytesOut
+	c.set(appstate.Removed)
+	a.count[appstate.Removed]--
+	last := len(a.conns) - 1
+	a.conns[c.index] = a.conns[last]
+	a.conns[c.index].index = c.index
+	a.conns[last] = nil
+	a.conns = a.conns[:last]
+	delete(e.conns, c.id)
+}
+
+// flow puts the connection into the set of translated flows or takes it out.
+func (e *Engine) flow(c *conn, add bool, fx *Effects) {
+	fx.Sets = append(fx.Sets, SetChange{Set: SetFlow, Add: add,
+		IP: c.id.Remote.Addr(), Port: c.id.Remote.Port(), Peer: c.id.Local.Addr()})
+}
+
+// unkeep drops the payload kept for c.
+func (e *Engine) unkeep(c *conn) {
+	e.kept -= cap(c.kept)
+	c.kept, c.keptFin = nil, false
+}
+
+// keep stores a copy of what s brings at RCV.NXT, under the budgets. It
+// reports whether anything of it, or an octet before it, is there.
+func (e *Engine) keep(c *conn, s *packet.Segment) bool {
+	if c.kept == nil {
+		c.keptAt = c.ep.RcvNxt
+	}
+	have := c.keptAt.Add(uint32(len(c.kept)))
+	if have.Less(s.Seq) {
+		return false // behind a hole: the remote sends it again
+	}
+	p := s.Payload()
+	if skip := have.Sub(s.Seq); skip > 0 {
+		p = p[min(int(skip), len(p)):]
+	}
+	room := e.cfg.KeepPerConn - len(c.kept)
+	whole := len(p) <= room
+	if !whole {
+		p = p[:room]
+	}
+	if need := len(c.kept) + len(p); need > cap(c.kept) {
+		grown := min(max(need, 2*cap(c.kept)), e.cfg.KeepPerConn)
+		if e.kept+grown-cap(c.kept) > e.cfg.KeepTotal {
+			return len(c.kept) > 0
+		}
+		e.kept += grown - cap(c.kept)
+		k := make([]byte, len(c.kept), grown)
+		copy(k, c.kept)
+		c.kept = k
+	}
+	c.kept = append(c.kept, p...)
+	if s.Has(packet.FIN) && whole && c.keptAt.Add(uint32(len(c.kept))) == s.Seq.Add(uint32(s.PayloadLen())) {
+		c.keptFin = true
+	}
+	return true
+}
+
+// askBack is how far below RCV.NXT the octet of an ask lies: far outside any
+// window, and not yet ambiguous.
+const askBack = 1 << 30
+
+// ask makes local tell its numbers: a segment outside its window is answered
+// with a duplicate ACK (RFC 9293 section 3.10.7.4). One octet of garbage is
+// answered every time; where local's RCV.NXT is not known, two empty segments
+// half the number space apart are sent instead: one of them is outside, and
+// an empty one does no harm inside.
+func (e *Engine) ask(now Time, c *conn, fx *Effects) {
+	const again = 50e6
+	sp := packet.Spec{Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.ACK}
+	c.askAt = now + again
+	if c.learned || c.rcvKnown {
+		if c.asks == 0 {
+			c.askBase = c.localSeqIn(c.ep.RcvNxt).Add(^uint32(askBack) + 1)
+		}
+		c.asks++
+		sp.Seq = c.askBase.Add(-c.asks)
+		sp.Ack = c.localSeqOut(c.ep.SndUna)
+		sp.Payload = askPayload[:]
+		fx.send(&sp, false)
+		return
+	}
+	c.askAt = now + 10*again // local answers two empty ones a second
+	sp.Seq = seqnum.Value(e.rand())
+	fx.send(&sp, false)
+	sp.Seq = sp.Seq.Add(1 << 31)
+	fx.send(&sp, false)
+}
+
+var askPayload = [1]byte{0}
+
+// timers is a heap of deadlines (ns).
+type timers []Time
+
+func (t *timers) push(v Time) {
+	h := append(*t, v)
+	for i := len(h) - 1; i > 0; {
+		p := (i - 1) / 2
+		if h[p] <= h[i] {
+			break
+		}
+		h[p], h[i] = h[i], h[p]
+		i = p
+	}
+	*t = h
+}
+
+func (t *timers) pop() {
+	h := *t
+	n := len(h) - 1
+	h[0] = h[n]
+	h = h[:n]
+	for i := 0; ; {
+		l := 2*i + 1
+		if l >= n {
+			break
+		}
+		if r := l + 1; r < n && h[r] < h[l] {
+			l = r
+		}
+		if h[i] <= h[l] {
+			break
+		}
+		h[i], h[l] = h[l], h[i]
+		i = l
+	}
+	*t = h
+}

@@ -1,0 +1,439 @@
+package filter
+
+import (
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/tcpemu"
+)
+
+// letThrough passes a remote's segment in SNAPSHOTFREEZE while its connection
+// has not reached its boundary.
+func (e *Engine) letThrough(now Time, c *conn, p *Packet, fx *Effects) {
+	s := &e.seg
+	gone := s.Has(packet.RST) && (!c.learned || s.Seq == c.ep.RcvNxt)
+	c.observeIn(now, s)
+	e.passIn(c, p, fx)
+	if fx.Reason == Pass {
+		fx.Reason = FrozenPass
+	}
+	if gone {
+		e.remove(c, fx)
+	}
+}
+
+// freezeQuiet freezes a connection that stands at a turn: local spoke last, or
+// nobody has sent for the quiet time.
+func (e *Engine) freezeQuiet(now Time, c *conn, fx *Effects) {
+	if c.frozen || !c.learned {
+		return
+	}
+	last := max(c.lastIn, c.lastOut)
+	if c.last == localSpoke || now-max(last, c.app.froze) >= c.app.quiet {
+		e.freeze(now, c, fx)
+	}
+}
+
+// freeze: from now on no payload of the remote reaches local. Local is asked
+// once more, for what passed before.
+func (e *Engine) freeze(now Time, c *conn, fx *Effects) {
+	c.frozen, c.confirmed = true, false
+	c.askFrom = c.asks
+	e.ask(now, c, fx)
+}
+
+// held handles a remote's segment while the filter speaks for the application
+// (behaviour: remote segments while the application is away).
+func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
+	s := &e.seg
+	if c == nil || c.state == appstate.SynRcvd && s.Has(packet.SYN) {
+		e.heldUnknown(now, a, id, p, fx)
+		return
+	}
+	switch c.state {
+	case appstate.SynRcvd:
+		e.heldSynRcvd(now, c, fx)
+		return
+	case appstate.Rst:
+		fx.drop(HeldRstIgnored)
+		return
+	case appstate.SynSent:
+		fx.drop(HeldUnknown)
+		return
+	}
+	if c.refused != "" && !c.learned {
+		fx.drop(HeldUnknown)
+		return
+	}
+	if c.state == appstate.Closing && c.finOut {
+		e.heldClosing(now, c, fx)
+		return
+	}
+	e.heldConn(now, a, c, p, fx)
+}
+
+func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
+	s := &e.seg
+	v := c.ep.Receive(now, s)
+	if !c.ackSeen && s.Has(packet.ACK) && (v == tcpemu.Ignore || v == tcpemu.Payload || v == tcpemu.Finish) {
+		c.ackSeen = true // a handshake that local does not see the end of
+		c.learned, c.frozen, c.confirmed, c.sealed = true, true, true, true
+		if a.state != appstate.SnapshotFreeze && c.state == appstate.Connect {
+			c.set(appstate.ConnectRmt)
+		}
+	}
+	fx.drop(heldReason[v])
+	switch v {
+	case tcpemu.Reset:
+		e.heldReset(c, fx)
+		return
+	case tcpemu.Payload, tcpemu.Finish:
+		e.heldNews(now, a, c, v, fx)
+		return
+	}
+	if v.MayAnswer() {
+		if !c.token(now) {
+			fx.Reason = HeldLimited
+			return
+		}
+		sp := c.ep.Ack()
+		fx.send(&sp, false)
+	}
+	if v == tcpemu.Ignore || v == tcpemu.Answer {
+		e.strip(a, c, p, fx)
+	}
+}
+
+var heldReason = [...]Reason{
+	tcpemu.Ignore: HeldNoted, tcpemu.Answer: HeldAnswered, tcpemu.Challenge: HeldChallenged,
+	tcpemu.Payload: HeldData, tcpemu.Finish: HeldFin, tcpemu.Reset: HeldRst,
+	tcpemu.OutOfWindow: HeldOutOfWindow, tcpemu.BadAck: HeldBadAck,
+	tcpemu.OldTimestamp: HeldOldTimestamp, tcpemu.NoAck: HeldNoAck,
+}
+
+// heldNews is data or a FIN that only the application can take: data closes
+// the window, both are kept and wake the application.
+func (e *Engine) heldNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effects) {
+	s := &e.seg
+	kept := e.keep(c, s)
+	if v == tcpemu.Payload && s.PayloadLen() > 0 {
+		c.ep.Closed = true
+		if !kept {
+			fx.Reason = HeldDataDropped
+		}
+		if c.token(now) {
+			sp := c.ep.Ack()
+			fx.send(&sp, false)
+		}
+	}
+	reason := fx.Reason
+	e.wakeUp(now, a, reason, fx)
+	if a.state == appstate.SnapshotFreeze {
+		e.forwardAck(a, c, fx)
+		if fx.Reason == FrozenStripped {
+			fx.Reason = FrozenKept
+		}
+	}
+}
+
+// heldReset ends the remote side. Local is told when it is back.
+func (e *Engine) heldReset(c *conn, fx *Effects) {
+	e.unkeep(c)
+	switch c.state {
+	case appstate.Closing:
+		if c.finOut {
+			e.remove(c, fx)
+			return
+		}
+		c.set(appstate.Rst)
+	case appstate.Connect, appstate.ConnectRmt, appstate.Restoring:
+		c.set(appstate.Rst)
+	}
+}
+
+// strip lets the acknowledgement of a frozen connection's segment reach local,
+// so that its buffers drain; octets never do.
+func (e *Engine) strip(a *app, c *conn, p *Packet, fx *Effects) {
+	if a.state != appstate.SnapshotFreeze {
+		return
+	}
+	e.forwardAck(a, c, fx)
+}
+
+// forwardAck injects the newest acknowledgement of the remote to a local side
+// that is frozen and not sealed. It stands at local's RCV.NXT, so that local
+// has nothing to answer.
+func (e *Engine) forwardAck(a *app, c *conn, fx *Effects) {
+	s := &e.seg
+	if a.sealed || c.sealed || c.localGone || !s.Has(packet.ACK) {
+		return
+	}
+	if s.Ack == c.fwdAck && s.Window == c.fwdWnd && c.fwd {
+		return
+	}
+	c.fwd, c.fwdAck, c.fwdWnd = true, s.Ack, s.Window
+	sp := packet.Spec{
+		Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.ACK, Window: s.Window,
+		Seq: c.localSeqIn(c.ep.RcvNxt), Ack: c.localSeqOut(s.Ack),
+	}
+	if c.ep.Opt.TS && s.Opt.HasTS {
+		sp.HasTS, sp.TSVal, sp.TSEcr = true, s.Opt.TSVal-c.tr.TSIn, s.Opt.TSEcr-c.tr.TSOut
+	}
+	fx.send(&sp, false)
+	fx.Reason = FrozenStripped
+}
+
+// heldSynRcvd is a segment for a handshake that local had answered when it was
+// stopped: with the remote's acknowledgement the connection is one to be held.
+func (e *Engine) heldSynRcvd(now Time, c *conn, fx *Effects) {
+	s := &e.seg
+	fx.drop(HeldNoted)
+	if s.Has(packet.RST) {
+		e.remove(c, fx)
+	}
+}
+
+// heldClosing is a segment for a connection that local had closed already: the
+// remote's FIN is acknowledged and the connection ends.
+func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
+	s := &e.seg
+	fx.drop(HeldNoted)
+	switch v := c.ep.Receive(now, s); {
+	case v == tcpemu.Reset:
+		e.remove(c, fx)
+	case s.Has(packet.FIN) && (v == tcpemu.Finish || v == tcpemu.Payload || v == tcpemu.Answer):
+		if s.Seq.LessEq(c.ep.RcvNxt) {
+			c.ep.RcvNxt = c.ep.RcvNxt.Max(s.End())
+			c.finIn = true
+			c.closing(now)
+		}
+		sp := c.ep.Ack()
+		fx.send(&sp, false)
+		fx.Reason = HeldFinAcked
+	case v == tcpemu.Payload: // octets that local, which has closed, would refuse
+		sp := c.ep.Rst()
+		fx.send(&sp, false)
+		e.remove(c, fx)
+	case v.MayAnswer() && c.token(now):
+		sp := c.ep.Ack()
+		fx.send(&sp, false)
+		fx.Reason = HeldAnswered
+	}
+}
+
+// heldUnknown is a segment without a connection structure.
+func (e *Engine) heldUnknown(now Time, a *app, id ConnID, p *Packet, fx *Effects) {
+	s := &e.seg
+	if s.Flags&(packet.SYN|packet.ACK|packet.RST|packet.FIN) != packet.SYN {
+		fx.drop(HeldUnknown)
+		return
+	}
+	if !a.listens(id.Local.Port()) {
+		fx.drop(HeldSynRefused)
+		if a.synToken(now) {
+			sp := tcpemu.RefuseSyn(s)
+			fx.send(&sp, false)
+		}
+		return
+	}
+	if i, ok := a.synIndex[id]; ok { // sent again: the newest is delivered
+		a.syns[i].data = append(a.syns[i].data[:0], s.Raw()...)
+		fillPartial(p, a.syns[i].data)
+		fx.drop(HeldSynKept)
+		return
+	}
+	if len(a.syns) >= e.cfg.MaxSyns || !a.synToken(now) {
+		fx.drop(HeldSynLimited)
+		return
+	}
+	k := keptSyn{id: id, data: append([]byte(nil), s.Raw()...)}
+	fillPartial(p, k.data)
+	if a.synIndex == nil {
+		a.synIndex = map[ConnID]int{}
+	}
+	a.synIndex[id] = len(a.syns)
+	a.syns = append(a.syns, k)
+	fx.drop(HeldSynKept)
+	e.wakeUp(now, a, HeldSynKept, fx)
+}
+
+// fillPartial completes the checksum of a kept copy of p where the kernel had
+// left that to the device.
+func fillPartial(p *Packet, data []byte) {
+	var full packet.Segment
+	if p.Info&CsumNotReady != 0 && full.Parse(data) == packet.OK {
+		full.FillChecksum()
+	}
+}
+
+// synToken limits how many SYNs outsiders may have kept or answered.
+func (a *app) synToken(now Time) bool {
+	const burst, every = 1024, 4e6
+	if n := (now - a.synTokensAt) / every; n > 0 || a.synTokensAt == 0 {
+		a.synTokens = int(min(int64(a.synTokens)+n, burst))
+		if a.synTokensAt == 0 {
+			a.synTokens = burst
+		}
+		a.synTokensAt = now
+	}
+	if a.synTokens == 0 {
+		return false
+	}
+	a.synTokens--
+	return true
+}
+
+// wakeUp sets the restore flag; after SNAPSHOTDONE it asks for the restore.
+func (e *Engine) wakeUp(now Time, a *app, why Reason, fx *Effects) {
+	if a.wake {
+		return
+	}
+	a.wake, a.wakeWhy, a.wakeTries = true, why, 0
+	if a.state == appstate.SnapshotDone {
+		e.requestRestore(now, a, fx)
+	}
+}
+
+// requestRestore sends the one outstanding restore request, and plans the next
+// with back-off until the state leaves SNAPSHOTDONE.
+func (e *Engine) requestRestore(now Time, a *app, fx *Effects) {
+	a.wakeAt = 0
+	if a.state != appstate.SnapshotDone || !a.wake {
+		return
+	}
+	fx.Restores = append(fx.Restores, RestoreRequest{App: a.name, IP: a.vips[0]})
+	a.wakeAt = now + min(Time(1e9)<<min(a.wakeTries, 5), 30e9)
+	a.wakeTries++
+	e.at(a.wakeAt)
+}
+
+// awayOut handles a segment that local sends while the application is away or
+// frozen.
+func (e *Engine) awayOut(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
+	s := &e.seg
+	if c == nil {
+		if a.sealed {
+			fx.drop(SealedUnknown)
+		} else {
+			e.unknownOut(now, a, id, fx)
+		}
+		return
+	}
+	if c.state == appstate.Restoring || c.hsDone {
+		e.handshakeOut(now, c, fx)
+		return
+	}
+	if s.Has(packet.SYN) {
+		e.synAway(now, a, c, fx)
+		return
+	}
+	if !a.sealed && !c.sealed {
+		if s.Flags&(packet.FIN|packet.RST) == 0 || !c.alive() {
+			e.frozenOut(now, c, fx)
+			return
+		}
+		if s.Has(packet.FIN) && s.PayloadLen() > 0 {
+			e.finalWords(now, c, p, fx)
+			return
+		}
+		c.sealed = true // a close of its own, or a dying process: not for the remote
+	}
+	e.sealedOut(c, fx)
+}
+
+// synAway is a SYN or SYN-ACK of local for a connection whose handshake was
+// under way at the freeze.
+func (e *Engine) synAway(now Time, a *app, c *conn, fx *Effects) {
+	s := &e.seg
+	if a.sealed {
+		fx.drop(SealedUnknown)
+		return
+	}
+	fx.accept(HandshakePass)
+	if s.Has(packet.ACK) {
+		e.synAckOut(now, c, s, fx)
+	}
+}
+
+// frozenOut passes what local still says before the seal.
+func (e *Engine) frozenOut(now Time, c *conn, fx *Effects) {
+	s := &e.seg
+	if e.isAnswer(now, c, s) {
+		fx.drop(AskAnswer)
+		return
+	}
+	fx.accept(FrozenPass)
+	if c.translated {
+		return // seen again behind routing, where it is translated and noted
+	}
+	c.observeOut(now, s, true)
+	if c.ep.Closed && s.PayloadLen() == 0 && s.Window != 0 {
+		sp := c.ep.Ack() // local's own would open the window that we closed
+		fx.send(&sp, false)
+		fx.drop(FrozenPass)
+	}
+	if c.last == localSpoke && !c.frozen {
+		e.freeze(now, c, fx)
+	}
+}
+
+// finalWords passes the octets that come with local's FIN and holds the FIN
+// back: local sends it again, alone, when they are acknowledged.
+func (e *Engine) finalWords(now Time, c *conn, p *Packet, fx *Effects) {
+	s := &e.seg
+	s.ClearFIN()
+	if p.Info&CsumNotReady != 0 {
+		s.FillChecksum()
+	}
+	if !c.translated {
+		c.observeOut(now, s, true)
+	}
+	fx.modified(FrozenPass, s.Raw())
+}
+
+// sealedOut closes the local side without the remote: FIN is answered with FIN
+// and ACK, octets are acknowledged, discarded and counted, RST and the last ACK
+// are absorbed.
+func (e *Engine) sealedOut(c *conn, fx *Effects) {
+	s := &e.seg
+	n := s.PayloadLen()
+	switch {
+	case s.Has(packet.RST):
+		c.localGone = true
+		fx.drop(SealedRst)
+	case s.Has(packet.FIN):
+		c.localGone = true
+		fx.drop(SealedFin)
+	case n > 0:
+		fx.drop(SealedData)
+	default:
+		fx.drop(SealedAck)
+	}
+	if c.localGone && (c.state == appstate.Connect || c.state == appstate.Closing && !c.finOut) {
+		c.set(appstate.ConnectRmt)
+	}
+	if fx.Reason != SealedFin && fx.Reason != SealedData {
+		return
+	}
+	if c.app.state == appstate.SnapshotFreeze {
+		if ack := s.Ack.Add(c.tr.In); c.ep.RcvNxt.Less(ack) {
+			c.bytesIn += uint64(ack.Size(c.ep.RcvNxt))
+			c.ep.RcvNxt = ack
+		}
+		// Octets up to SND.NXT were on the wire before: only what is behind
+		// them would be lost.
+		if d := s.Seq.Add(uint32(n)).Sub(c.localSeqOut(c.ep.SndNxt)); d > 0 {
+			c.discarded = max(c.discarded, uint64(d))
+		}
+	}
+	sp := packet.Spec{
+		Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.ACK, Window: 65535,
+		Seq: c.localSeqIn(c.ep.RcvNxt), Ack: s.End(),
+	}
+	if c.ep.Opt.TS && s.Opt.HasTS {
+		sp.HasTS, sp.TSVal, sp.TSEcr = true, c.ep.TSRec-c.tr.TSIn, s.Opt.TSVal
+	}
+	if s.Has(packet.FIN) && !c.finIn {
+		sp.Flags |= packet.FIN
+	}
+	fx.send(&sp, false)
+}

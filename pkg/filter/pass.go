@@ -1,0 +1,379 @@
+package filter
+
+import (
+	"net/netip"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
+)
+
+// packet gives one queued packet its verdict.
+func (e *Engine) packet(now Time, p *Packet, fx *Effects) {
+	fx.accept(NoApp)
+	counters := &e.reasons
+	if a := e.judge(now, p, fx); a != nil {
+		counters = &a.reasons
+	}
+	counters[fx.Reason]++
+}
+
+// judge parses p, finds its application and connection and hands it on. It
+// returns the application that the packet belongs to.
+func (e *Engine) judge(now Time, p *Packet, fx *Effects) *app {
+	s := &e.seg
+	if p.Truncated {
+		return e.broken(p, TruncatedCopy, fx)
+	}
+	switch s.Parse(p.Data) {
+	case packet.OK:
+	case packet.NotTCP:
+		return e.icmpError(p, fx)
+	case packet.BadOptions:
+		return e.broken(p, BadOptions, fx)
+	default:
+		return e.broken(p, Malformed, fx)
+	}
+	inbound := p.Hook == HookPrerouting
+	id := ConnID{Local: s.Src, Remote: s.Dst}
+	if inbound {
+		id = ConnID{Local: s.Dst, Remote: s.Src}
+	}
+	a := e.byVIP[id.Local.Addr()]
+	if a == nil {
+		if e.blocked[id.Local.Addr()] {
+			fx.drop(Blocked)
+		}
+		return nil
+	}
+	if !a.wants(id) {
+		fx.accept(Excluded)
+		return a
+	}
+	if inbound && p.Info&CsumNotReady == 0 && (p.Info&CsumNotVerified != 0 || a.state.Away()) && !s.ChecksumOK() {
+		fx.drop(BadChecksum)
+		return a
+	}
+	c := e.conns[id]
+	if inbound {
+		e.inbound(now, a, c, id, p, fx)
+	} else {
+		e.outbound(now, a, c, id, p, fx)
+	}
+	return a
+}
+
+// broken is for what cannot be read. Where the application runs its kernel
+// judges; where it is away nothing broken may reach anyone.
+func (e *Engine) broken(p *Packet, r Reason, fx *Effects) *app {
+	vip := vipOf(p)
+	a := e.byVIP[vip]
+	if a == nil && e.blocked[vip] {
+		fx.drop(Blocked)
+		return nil
+	}
+	if a == nil || !a.state.Away() {
+		fx.accept(r)
+		return a
+	}
+	fx.drop(r)
+	return a
+}
+
+// vipOf reads the address on local's side of a packet that need not be whole.
+func vipOf(p *Packet) netip.Addr {
+	b := p.Data
+	at4, at6 := 12, 8
+	if p.Hook == HookPrerouting {
+		at4, at6 = 16, 24
+	}
+	switch {
+	case len(b) >= 20 && b[0]>>4 == 4:
+		return netip.AddrFrom4([4]byte(b[at4:]))
+	case len(b) >= 40 && b[0]>>4 == 6:
+		return netip.AddrFrom16([16]byte(b[at6:]))
+	}
+	return netip.Addr{}
+}
+
+// icmpError handles an ICMP error that quotes a segment of ours: noted and
+// kept from everyone while the application is away, translated when its
+// connection is.
+func (e *Engine) icmpError(p *Packet, fx *Effects) *app {
+	m := &e.icmp
+	if p.Hook != HookPrerouting || !m.Parse(p.Data) {
+		fx.accept(NotOurs)
+		return e.byVIP[vipOf(p)]
+	}
+	a := e.byVIP[m.Src.Addr()]
+	if a == nil {
+		return nil
+	}
+	if a.state.Away() {
+		fx.drop(HeldICMP)
+		return a
+	}
+	c := e.conns[ConnID{Local: m.Src, Remote: m.Dst}]
+	if c == nil || !c.translated {
+		fx.accept(ICMPPass)
+		return a
+	}
+	c.tr.ICMP(m, m.Src.Port())
+	fx.modified(ICMPTranslated, p.Data)
+	return a
+}
+
+// inbound handles a segment from the remote (R→L).
+func (e *Engine) inbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
+	s := &e.seg
+	switch {
+	case a.state == appstate.SnapshotFreeze && c != nil && !c.frozen && !c.sealed && c.alive() && !s.Has(packet.SYN):
+		e.letThrough(now, c, p, fx)
+		return
+	case a.state.Away():
+		e.held(now, a, c, id, p, fx)
+		return
+	}
+	if s.Has(packet.SYN) {
+		e.synIn(now, a, c, id, fx)
+		return
+	}
+	if c == nil {
+		fx.accept(Pass)
+		return
+	}
+	gone := s.Has(packet.RST) && (!c.translated || s.Seq == c.ep.RcvNxt)
+	c.observeIn(now, s)
+	e.passIn(c, p, fx)
+	if gone {
+		e.remove(c, fx)
+	}
+}
+
+// passIn lets a segment of the remote go on to local, translated where the
+// connection is.
+func (e *Engine) passIn(c *conn, p *Packet, fx *Effects) {
+	s := &e.seg
+	if !c.translated {
+		fx.accept(Pass)
+		return
+	}
+	c.tr.Inbound(s)
+	if p.Info&CsumNotReady != 0 {
+		s.FillChecksum()
+	}
+	fx.modified(Translated, s.Raw())
+}
+
+// synIn notes a SYN from the remote. It becomes a connection when local answers
+// it; a structure that is there stays as it is until then.
+func (e *Engine) synIn(now Time, a *app, c *conn, id ConnID, fx *Effects) {
+	s := &e.seg
+	fx.accept(HandshakePass)
+	if s.Has(packet.ACK) {
+		if c != nil && c.translated {
+			fx.drop(Malformed) // no connection that we translate was opened by local
+		}
+		return
+	}
+	e.noteSyn(now, a, c, id, s)
+}
+
+// noteSyn remembers SYN s; c may be nil.
+func (e *Engine) noteSyn(now Time, a *app, c *conn, id ConnID, s *packet.Segment) {
+	if c == nil {
+		if c = e.newConn(now, a, id, appstate.Passive, appstate.SynRcvd); c == nil {
+			return
+		}
+		c.expire = (now+75e9)/1e9*1e9 + 1e9
+		e.at(c.expire)
+	}
+	c.syn = pendingSyn{seen: true, irs: s.Seq, opt: s.Opt, window: s.Window}
+}
+
+// pendingSyn is a SYN of the remote that local has not answered yet.
+type pendingSyn struct {
+	seen   bool
+	irs    seqnum.Value
+	opt    packet.Options
+	window uint16
+}
+
+// synAckOut makes c a new connection when s, a SYN-ACK of local, answers the
+// SYN that was noted.
+func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
+	syn := c.syn
+	if !syn.seen || s.Ack != syn.irs.Add(1) || c.handshake && c.iss == s.Seq && c.irs == syn.irs {
+		return
+	}
+	if c.translated {
+		e.flow(c, false, fx)
+	}
+	e.unkeep(c)
+	state := c.state
+	*c = conn{app: c.app, index: c.index, id: c.id, role: appstate.Passive, state: state, created: now, tokens: 32, syn: syn}
+	c.ep.Local, c.ep.Remote = c.id.Local, c.id.Remote
+	c.agree(syn.opt, s.Opt)
+	c.handshake, c.irs, c.iss = true, syn.irs, s.Seq
+	ep := &c.ep
+	ep.SndUna, ep.SndNxt, ep.RcvNxt = s.Seq, s.Seq.Add(1), s.Ack
+	ep.TSRec, ep.TSVal = syn.opt.TSVal, s.Opt.TSVal
+	ep.RemoteWnd = uint32(syn.window)
+	ep.Edge = s.Ack.Add(uint32(s.Window))
+	ep.Window = uint16(uint32(s.Window) >> ep.Opt.LocalScale)
+	if state == appstate.Closing {
+		c.set(appstate.SynRcvd)
+	}
+	c.set(appstate.Connect)
+}
+
+// agree takes what both sides announced (RFC 7323 section 2.2, RFC 2018).
+func (c *conn) agree(syn, ack packet.Options) {
+	o := &c.ep.Opt
+	o.MSS, o.TS, o.SACK = syn.MSS, syn.HasTS && ack.HasTS, syn.SACKPermitted && ack.SACKPermitted
+	if o.WScale = syn.HasWScale && ack.HasWScale; o.WScale {
+		o.RemoteScale, o.LocalScale = syn.WScale, ack.WScale
+	}
+	switch {
+	case syn.MD5 || ack.MD5:
+		c.refused = "it uses TCP-MD5 (RFC 2385)"
+	case syn.AO || ack.AO:
+		c.refused = "it uses TCP-AO (RFC 5925)"
+	case syn.MPTCP && ack.MPTCP:
+		c.refused = "it is an MPTCP connection (RFC 8684); start the application without MPTCP"
+	}
+}
+
+// outbound handles a segment of local (L→R).
+func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
+	s := &e.seg
+	if p.Hook == HookOutput {
+		if a.state.Away() {
+			e.awayOut(now, a, c, id, p, fx)
+		} else {
+			fx.accept(Pass) // captured just before the sets changed; seen again behind routing
+		}
+		return
+	}
+	if c == nil {
+		e.unknownOut(now, a, id, fx)
+		return
+	}
+	if s.Has(packet.SYN) {
+		fx.accept(HandshakePass)
+		if s.Has(packet.ACK) {
+			e.synAckOut(now, c, s, fx)
+		}
+		return
+	}
+	if !c.translated {
+		if e.isAnswer(now, c, s) {
+			fx.drop(AskAnswer)
+			return
+		}
+		c.observeOut(now, s, a.state == appstate.SnapshotStart || a.state == appstate.SnapshotFreeze)
+		fx.accept(Pass)
+		if s.Has(packet.RST) {
+			e.remove(c, fx)
+		}
+		return
+	}
+	e.translateOut(now, c, p, fx)
+}
+
+// translateOut gives a segment of a translated connection the remote's view.
+func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
+	s := &e.seg
+	if e.isAnswer(now, c, s) {
+		fx.drop(AskAnswer)
+		return
+	}
+	c.tr.Outbound(s, c.id.Local.Port(), &c.edge)
+	if p.Info&CsumNotReady != 0 {
+		s.FillChecksum()
+	}
+	c.observeOut(now, s, true)
+	if c.redoAt != 0 && s.Has(packet.ACK) {
+		e.taken(now, c, s.Ack)
+	}
+	fx.modified(Translated, s.Raw())
+	if s.Has(packet.RST) {
+		e.remove(c, fx)
+	}
+}
+
+// unknownOut notes a connection that local opens, or passes what is not known.
+func (e *Engine) unknownOut(now Time, a *app, id ConnID, fx *Effects) {
+	s := &e.seg
+	fx.accept(Pass)
+	if s.Flags&(packet.SYN|packet.ACK) == packet.SYN && !a.listens(id.Local.Port()) {
+		if c := e.newConn(now, a, id, appstate.Active, appstate.SynSent); c != nil {
+			c.iss = s.Seq
+			c.refused = "the application opened it; such connections cannot be held yet"
+			c.expire = (now+200e9)/1e9*1e9 + 1e9
+			e.at(c.expire)
+		}
+		fx.accept(HandshakePass)
+	}
+}
+
+// isAnswer tells whether s, an empty segment in local's view, answers an ask,
+// and learns from it. Such a segment is for us alone.
+func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment) bool {
+	if c.asks == 0 || s.Flags != packet.ACK || s.PayloadLen() != 0 {
+		return false
+	}
+	serial := uint32(0)
+	for i := range s.Opt.SACKBlocks {
+		if l, _ := s.SACKBlock(i); l.InRange(c.askBase.Add(-c.asks), c.askBase) {
+			serial = c.askBase.Size(l)
+		}
+	}
+	seq, ack := s.Seq.Add(c.tr.Out), s.Ack.Add(c.tr.In)
+	if serial == 0 { // no SACK: then nothing but a plain repetition is an answer
+		if c.ep.Opt.SACK || !c.learned || seq != c.ep.SndNxt || ack != c.ep.RcvNxt {
+			return false
+		}
+		serial = c.asks
+	}
+	c.ackSeen = true
+	c.learn(now, s, seq, ack)
+	if c.frozen && serial > c.askFrom {
+		c.confirmed = true
+	}
+	return true
+}
+
+// learn takes local's numbers from the answer to an ask.
+func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
+	ep := &c.ep
+	if !c.learned {
+		c.learned = true
+		ep.SndNxt, ep.RcvNxt = seq, ack
+		ep.SndUna = seq.Add(-c.sendQueue)
+	}
+	if ep.RcvNxt.Less(ack) {
+		c.bytesIn += uint64(ack.Size(ep.RcvNxt))
+		ep.RcvNxt = ack
+	}
+	if ep.SndNxt.Less(seq) {
+		ep.SndNxt = seq
+	}
+	if s.Opt.HasTS {
+		tsval, tsecr := s.Opt.TSVal+c.tr.TSOut, s.Opt.TSEcr+c.tr.TSIn
+		if seqnum.NewerTS(tsval, ep.TSVal) || !c.handshake && !c.translated {
+			ep.TSVal = tsval
+		}
+		if ep.TSAt == 0 || seqnum.NewerTS(tsecr, ep.TSRec) {
+			ep.TSRec, ep.TSAt = tsecr, now
+		}
+	}
+	w := s.Window
+	if c.translated {
+		w = c.tr.Window(w, ack, &c.edge)
+	}
+	ep.Window = w
+	if right := ack.Add(uint32(w) << ep.Opt.LocalScale); ep.Edge.Less(right) || !ep.Edge.InRange(ack, ack.Add(1<<30)) {
+		ep.Edge = right
+	}
+}

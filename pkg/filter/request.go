@@ -1,0 +1,324 @@
+package filter
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+)
+
+// Requests of the control API (behaviour: requests). Times are in ns.
+type (
+	// Register makes an application known.
+	Register struct {
+		App                            string
+		VIPs                           []netip.Addr
+		Include, Exclude, Outgoing     []uint16
+		IncludeAddresses, ExcludeAddrs []netip.Prefix
+	}
+	// Unregister forgets it. Force also resets held remotes and drops
+	// translations.
+	Unregister struct {
+		App   string
+		Force bool
+	}
+	// SnapshotStart announces a snapshot and learns every connection.
+	SnapshotStart struct {
+		App      string
+		Sockets  []Socket
+		Listen   []uint16
+		Timeout  Time // for learning, default 2 s
+		LeaveOut bool // reset what cannot be learned instead of refusing
+	}
+	// SnapshotFreeze stops payload towards the application.
+	SnapshotFreeze struct {
+		App      string
+		Boundary string
+		Quiet    Time // default 50 ms
+	}
+	// Seal stops everything from local to the remotes.
+	Seal struct{ App string }
+	// SnapshotDone tells that the application is gone and stored under ID.
+	SnapshotDone struct {
+		App, ID string
+		Force   bool
+	}
+	// SnapshotAbort lets the application go on.
+	SnapshotAbort struct{ App string }
+	// RestoreStart announces that the application comes back.
+	RestoreStart struct {
+		App, ID, OldNode string
+		IP               netip.Addr
+	}
+	// RestoreConn starts the handshakes of Conns.
+	RestoreConn struct {
+		App   string
+		Conns []ConnID
+		Kind  string // "syn" or "activate"
+	}
+	// Restored opens all connections.
+	Restored struct {
+		App          string
+		ResetMissing bool
+	}
+	// RestoreAbort holds the connections again.
+	RestoreAbort struct{ App string }
+	// GetConnInfo returns the connection structures.
+	GetConnInfo struct{ App string }
+	// Status returns one application, or all for "".
+	Status struct{ App string }
+)
+
+// Socket is a socket of the application as sock_diag shows it.
+type Socket struct {
+	ID                        ConnID
+	Established               bool // ESTABLISHED or CLOSE_WAIT
+	CloseWait                 bool
+	Passive                   bool
+	SendQueue                 uint32
+	HasInfo                   bool
+	TS, SACK, WScale          bool
+	RemoteScale, LocalScale   uint8
+	SndMSS                    uint32
+	BytesAcked, BytesReceived uint64
+	LastSent, LastRecv        Time // ago
+}
+
+// Result answers requests that change the state.
+type Result struct {
+	App, SnapshotID string
+	State           appstate.App
+	Notes           []string
+	Learned         int
+}
+
+// Error is a refused request. Conns names connections and what each lacks.
+type Error struct {
+	App   string
+	State appstate.App
+	Text  string
+	Conns []string
+}
+
+func (e *Error) Error() string {
+	if len(e.Conns) == 0 {
+		return e.Text
+	}
+	const most = 10
+	list := e.Conns
+	more := ""
+	if len(list) > most {
+		more = fmt.Sprintf("; and %d more", len(list)-most)
+		list = list[:most]
+	}
+	return e.Text + ": " + strings.Join(list, "; ") + more
+}
+
+// ErrInvalid marks a request whose arguments are wrong.
+var ErrInvalid = errors.New("invalid argument")
+
+// pending is a request whose answer waits for packets or a deadline.
+type pending struct {
+	id       uint64
+	app      *app
+	body     any
+	deadline Time
+}
+
+func (e *Engine) request(now Time, r *Request, fx *Effects) {
+	reply := func(body any, err error) {
+		fx.Replies = append(fx.Replies, Reply{ID: r.ID, Body: body, Err: err})
+	}
+	switch b := r.Body.(type) {
+	case *GetConnInfo:
+		reply(e.connInfo(now, b.App))
+		return
+	case *Status:
+		reply(e.status(b.App))
+		return
+	case *Register:
+		reply(e.register(b, fx))
+		return
+	}
+	name, kind, forced := target(r.Body)
+	a := e.apps[name]
+	state := appstate.Unknown
+	if a != nil {
+		state = a.state
+	}
+	done, err := appstate.Permit(name, kind, state, forced)
+	if err != nil {
+		reply(nil, err)
+		return
+	}
+	if done {
+		if d, ok := r.Body.(*SnapshotDone); ok && d.ID != a.snapID {
+			reply(nil, &Error{App: name, State: state, Text: fmt.Sprintf("SNAPSHOTDONE refused: application %q already has snapshot %s", name, a.snapID)})
+			return
+		}
+		if a == nil {
+			reply(&Result{App: name}, nil)
+			return
+		}
+		reply(a.result(), nil)
+		return
+	}
+	if e.waiting(a) {
+		reply(nil, &Error{App: name, State: state, Text: fmt.Sprintf("%s refused: another request for application %q is being carried out", kind, name)})
+		return
+	}
+	res, err, wait := e.apply(now, r, a, fx)
+	if !wait {
+		reply(res, err)
+	}
+}
+
+func (a *app) result() *Result {
+	return &Result{App: a.name, State: a.state, SnapshotID: a.snapID}
+}
+
+func (e *Engine) waiting(a *app) bool {
+	return slices.ContainsFunc(e.pending, func(p *pending) bool { return p.app == a })
+}
+
+// target names application and request of a body.
+func target(body any) (string, appstate.Request, bool) {
+	switch b := body.(type) {
+	case *Unregister:
+		return b.App, appstate.ReqUnregister, b.Force
+	case *SnapshotStart:
+		return b.App, appstate.ReqSnapshotStart, false
+	case *SnapshotFreeze:
+		return b.App, appstate.ReqSnapshotFreeze, false
+	case *Seal:
+		return b.App, appstate.ReqSeal, false
+	case *SnapshotDone:
+		return b.App, appstate.ReqSnapshotDone, b.Force
+	case *SnapshotAbort:
+		return b.App, appstate.ReqSnapshotAbort, false
+	case *RestoreStart:
+		return b.App, appstate.ReqRestoreStart, false
+	case *RestoreConn:
+		return b.App, appstate.ReqRestoreConn, false
+	case *Restored:
+		return b.App, appstate.ReqRestored, b.ResetMissing
+	case *RestoreAbort:
+		return b.App, appstate.ReqRestoreAbort, false
+	}
+	panic(fmt.Sprintf("filter: unknown request %T", body))
+}
+
+// apply carries out a permitted request. wait: the reply comes later.
+func (e *Engine) apply(now Time, r *Request, a *app, fx *Effects) (res any, err error, wait bool) {
+	switch b := r.Body.(type) {
+	case *Unregister:
+		res, err = e.unregister(b, a, fx)
+	case *SnapshotStart:
+		return e.snapshotStart(now, r, b, a, fx)
+	case *SnapshotFreeze:
+		res, err = e.snapshotFreeze(now, b, a, fx)
+	case *Seal:
+		a.sealed = true
+		res = a.result()
+	case *SnapshotDone:
+		res, err = e.snapshotDone(now, b, a, fx)
+	case *SnapshotAbort:
+		res, err = e.snapshotAbort(now, a, fx)
+	case *RestoreStart:
+		res, err = e.restoreStart(now, b, a, fx)
+	case *RestoreConn:
+		res, err = e.restoreConn(b, a, fx)
+	case *Restored:
+		return e.restored(now, r, b, a, fx)
+	case *RestoreAbort:
+		res, err = e.restoreAbort(now, a, fx)
+	}
+	return res, err, false
+}
+
+func (e *Engine) register(b *Register, fx *Effects) (any, error) {
+	if a := e.apps[b.App]; a != nil {
+		if a.state == appstate.Connected && slices.Equal(a.vips, b.VIPs) {
+			return a.result(), nil
+		}
+		return nil, &appstate.StateError{App: b.App, Request: appstate.ReqRegister, State: a.state}
+	}
+	if b.App == "" || len(b.VIPs) == 0 {
+		return nil, fmt.Errorf("%w: REGISTER needs a name and at least one VIP", ErrInvalid)
+	}
+	for _, v := range b.VIPs {
+		if o := e.byVIP[v]; o != nil {
+			return nil, &Error{App: b.App, Text: fmt.Sprintf("REGISTER refused: %v is the VIP of application %q", v, o.name)}
+		}
+	}
+	a := &app{engine: e, name: b.App, vips: slices.Clone(b.VIPs),
+		include: b.Include, exclude: b.Exclude, outgoing: b.Outgoing,
+		includeNets: b.IncludeAddresses, excludeNets: b.ExcludeAddrs}
+	e.apps[a.name] = a
+	e.order = append(e.order, a)
+	slices.SortFunc(e.order, func(x, y *app) int { return strings.Compare(x.name, y.name) })
+	for _, v := range a.vips {
+		e.byVIP[v] = a
+	}
+	a.listen = slices.Clone(a.include)
+	for _, p := range a.exclude {
+		for _, v := range a.vips {
+			fx.Sets = append(fx.Sets, SetChange{Set: SetSkip, Add: true, IP: v, Port: p})
+		}
+	}
+	for _, v := range a.vips {
+		if e.blocked[v] {
+			delete(e.blocked, v)
+			a.setVIP(fx, false, SetAway, SetFull)
+		}
+	}
+	a.setVIP(fx, true, SetVIP)
+	a.set(appstate.Connected, fx, "registered")
+	return a.result(), nil
+}
+
+// setVIP adds the application's VIPs to sets or takes them out.
+func (a *app) setVIP(fx *Effects, add bool, sets ...Set) {
+	for _, s := range sets {
+		for _, v := range a.vips {
+			fx.Sets = append(fx.Sets, SetChange{Set: s, Add: add, IP: v})
+		}
+	}
+}
+
+func (e *Engine) unregister(b *Unregister, a *app, fx *Effects) (any, error) {
+	translated := 0
+	for _, c := range a.conns {
+		if c.translated && (c.expire == 0 || c.alive()) {
+			translated++
+		}
+	}
+	if translated > 0 && !b.Force {
+		return nil, &Error{App: a.name, State: a.state,
+			Text: fmt.Sprintf("UNREGISTER refused: %d connections of application %q are translated and would break; force resets them", translated, a.name)}
+	}
+	for i := len(a.conns) - 1; i >= 0; i-- {
+		c := a.conns[i]
+		if (c.translated || a.state.Away()) && c.alive() && c.learned {
+			sp := c.ep.Rst()
+			fx.send(&sp, false)
+		}
+		e.remove(c, fx)
+	}
+	a.setVIP(fx, false, SetFull, SetICMP, SetVIP, SetAway)
+	for _, p := range a.exclude {
+		for _, v := range a.vips {
+			fx.Sets = append(fx.Sets, SetChange{Set: SetSkip, IP: v, Port: p})
+		}
+	}
+	for _, v := range a.vips {
+		delete(e.byVIP, v)
+	}
+	delete(e.apps, a.name)
+	e.order = slices.DeleteFunc(e.order, func(x *app) bool { return x == a })
+	a.set(appstate.Unknown, fx, "unregistered")
+	return &Result{App: a.name}, nil
+}

@@ -1,0 +1,246 @@
+package filter
+
+import (
+	"fmt"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/rewrite"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
+)
+
+// startHandshake sends the emulated SYN to the listener of a passive
+// connection. Its initial number is one below the next octet that the remote
+// sends; where the remote has closed already, one more, for the FIN that local
+// is to see again.
+func (e *Engine) startHandshake(c *conn, fx *Effects) {
+	c.hsIRS = c.ep.RcvNxt.Add(^uint32(0))
+	if c.finIn {
+		c.hsIRS = c.hsIRS.Add(^uint32(0))
+	}
+	c.hsError = ""
+	c.hsTries++
+	if c.state != appstate.Rst {
+		c.set(appstate.Restoring)
+	}
+	c.hsStarted = true
+	sp := c.ep.Syn(c.hsIRS)
+	fx.send(&sp, false)
+}
+
+// handshakeOut handles what the returning local side sends before RESTORED.
+func (e *Engine) handshakeOut(now Time, c *conn, fx *Effects) {
+	s := &e.seg
+	switch {
+	case s.Flags&(packet.SYN|packet.ACK) == packet.SYN|packet.ACK:
+		e.handshakeAck(c, fx)
+	case s.Has(packet.RST):
+		fx.drop(HandshakeRefused)
+		if c.hsDone || s.Ack == c.hsIRS.Add(1) {
+			c.hsError = "local answered RST"
+			e.undoHandshake(c)
+		}
+	default:
+		fx.drop(NotOpenYet) // local sends it again
+	}
+}
+
+// undoHandshake puts a connection back to where only its remote side lives.
+func (e *Engine) undoHandshake(c *conn) {
+	c.hsDone, c.hsStarted = false, false
+	if c.state == appstate.Restoring || c.state == appstate.Connect {
+		c.set(appstate.ConnectRmt)
+	}
+}
+
+// handshakeAck completes the handshake with local's SYN-ACK: its number, scale
+// and clock become the connection's translation. A repeated one is
+// acknowledged again: local's accept queue was full.
+func (e *Engine) handshakeAck(c *conn, fx *Effects) {
+	s := &e.seg
+	fx.drop(HandshakeAck)
+	if !c.hsStarted || s.Ack != c.hsIRS.Add(1) {
+		fx.drop(HandshakeRefused)
+		return
+	}
+	o := &c.ep.Opt
+	switch {
+	case o.TS && !s.Opt.HasTS:
+		c.hsError = "the new stack does not use timestamps, the connection does"
+	case o.SACK && !s.Opt.SACKPermitted:
+		c.hsError = "the new stack does not use SACK, the connection does"
+	case o.WScale && !s.Opt.HasWScale:
+		c.hsError = "the new stack does not scale windows, the connection does"
+	}
+	if c.hsError != "" {
+		fx.Reason = HandshakeRefused
+		return
+	}
+	if !c.hsDone || s.Seq != c.hsISN {
+		c.hsISN = s.Seq
+		c.hsWindow = s.Window
+		c.tr = translation(c, s)
+		c.hsDone = true
+		c.hsTS = s.Opt.TSVal
+		if c.state == appstate.Restoring {
+			c.set(appstate.Connect)
+		}
+	}
+	sp := e.toLocal(c, packet.ACK)
+	fx.send(&sp, false)
+}
+
+// translation measures the difference between what the remote knows and the
+// local side that answered with SYN-ACK s.
+func translation(c *conn, s *packet.Segment) rewrite.Translation {
+	t := rewrite.Translation{
+		Out:        c.ep.SndNxt.Size(s.Seq.Add(1)),
+		ScaleLocal: s.Opt.WScale,
+		ScaleSeen:  c.ep.Opt.LocalScale,
+	}
+	if !c.ep.Opt.WScale {
+		t.ScaleLocal, t.ScaleSeen = 0, 0
+	}
+	// The clock goes on where the remote saw it last. On the same addresses it
+	// is mostly the old clock, ahead by the time that passed.
+	const sane = 1 << 30
+	if d := s.Opt.TSVal - c.ep.TSVal; c.ep.Opt.TS && d >= sane {
+		t.TSOut = c.ep.TSVal - s.Opt.TSVal
+	}
+	return t
+}
+
+// toLocal is an empty segment of the remote for the new local side, at the
+// number where the handshake ended.
+func (e *Engine) toLocal(c *conn, flags uint8) packet.Spec {
+	sp := packet.Spec{
+		Src: c.id.Remote, Dst: c.localAddr(), Flags: flags, Window: c.ep.RemoteField(),
+		Seq: c.hsIRS.Add(1), Ack: c.hsISN.Add(1),
+	}
+	if c.ep.Opt.TS {
+		sp.HasTS, sp.TSVal, sp.TSEcr = true, c.ep.TSRec, c.hsTS
+	}
+	return sp
+}
+
+// open lets traffic of a re-established connection flow: kept octets first,
+// then the window that was closed.
+func (e *Engine) open(now Time, c *conn, fx *Effects) {
+	c.translated = true
+	c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false
+	c.fwd = false
+	c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
+	e.flow(c, true, fx)
+	if c.state == appstate.Rst {
+		sp := e.toLocal(c, packet.RST|packet.ACK)
+		fx.send(&sp, false)
+		e.remove(c, fx)
+		return
+	}
+	if c.finIn { // local is to see the remote's FIN again
+		c.set(appstate.Closing)
+	}
+	if c.finIn || len(c.kept) > 0 || c.keptFin {
+		if c.kept == nil {
+			c.keptAt = c.ep.RcvNxt
+		}
+		e.handKept(c, fx)
+		c.retries = 0
+		c.redoAt = now + 30e6
+		e.at(c.redoAt)
+	}
+	if c.ep.Closed {
+		c.ep.Closed = false
+		// Where octets are kept local's acknowledgement of them follows.
+		sp := c.ep.Ack()
+		sp.Window = max(c.tr.Window(c.firstWindow(), c.ep.RcvNxt, &c.edge), 1)
+		c.ep.Window = sp.Window
+		fx.send(&sp, false)
+	}
+}
+
+// taken is called when local acknowledged something of a connection that has
+// kept octets: when all are acknowledged they are forgotten.
+func (e *Engine) taken(now Time, c *conn, ack seqnum.Value) {
+	if c.finIn {
+		if ack == c.ep.RcvNxt {
+			c.redoAt = 0
+		}
+		return
+	}
+	if c.ep.RcvNxt.Less(c.keptEnd()) {
+		return
+	}
+	if c.keptFin {
+		c.finIn, c.finInEnd = true, c.keptEnd()
+		c.closing(now)
+	}
+	e.unkeep(c)
+	c.redoAt = 0
+}
+
+// firstWindow is the window of local's SYN-ACK in units of its scale.
+func (c *conn) firstWindow() uint16 { return max(c.hsWindow>>c.tr.ScaleLocal, 1) }
+
+// handKept injects what was kept into the local side, in segments that fit the
+// remote's options.
+func (e *Engine) handKept(c *conn, fx *Effects) {
+	const most = 16 << 10
+	seq := c.localSeqIn(c.keptAt)
+	if c.finIn {
+		seq = seq.Add(^uint32(0))
+		e.handSegment(c, seq, nil, true, fx)
+		return
+	}
+	for p := c.kept; len(p) > 0; {
+		n := min(len(p), most)
+		e.handSegment(c, seq, p[:n], c.keptFin && n == len(p), fx)
+		p = p[n:]
+		seq = seq.Add(uint32(n))
+	}
+	if len(c.kept) == 0 && c.keptFin {
+		e.handSegment(c, seq, nil, true, fx)
+	}
+}
+
+func (e *Engine) handSegment(c *conn, seq seqnum.Value, p []byte, fin bool, fx *Effects) {
+	sp := e.toLocal(c, packet.ACK|packet.PSH)
+	sp.Seq, sp.Payload = seq, p
+	if fin {
+		sp.Flags |= packet.FIN
+	}
+	fx.send(&sp, false)
+}
+
+// redeliver hands kept octets over again where local has not acknowledged
+// them: a segment to a busy stack can be lost, and the remote would wait long
+// before it sends again.
+func (e *Engine) redeliver(now Time, c *conn, fx *Effects) {
+	c.redoAt = 0
+	if c.app.state != appstate.Restored || c.kept == nil && !c.keptFin && !c.finIn {
+		return
+	}
+	if c.retries >= 6 { // the remote's own retransmissions take over
+		e.unkeep(c)
+		return
+	}
+	c.retries++
+	e.handKept(c, fx)
+	c.redoAt = now + 30e6<<c.retries
+	e.at(c.redoAt)
+}
+
+// notRestored lists connections that RESTORED would lose.
+func (a *app) notRestored() []string {
+	var out []string
+	for _, c := range a.conns {
+		if c.restorable() {
+			why := c.hsError
+			if why == "" {
+				why = "its handshake with the restored application is not complete"
+			}
+			out = append(out, fmt.Sprintf("%v %v: %s", c.id.Local, c.id.Remote, why))
+		}
+	}
+	return out
+}

@@ -1,0 +1,409 @@
+package filter
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+)
+
+func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, fx *Effects) (any, error, bool) {
+	a.set(appstate.SnapshotStart, fx, "snapshot announced")
+	a.setVIP(fx, true, SetFull, SetICMP)
+	a.sealed, a.wake, a.wakeAt = false, false, 0
+	if b.Listen != nil {
+		a.listen = slices.Clone(b.Listen)
+	}
+	for _, c := range a.conns {
+		c.prepare()
+	}
+	for i := range b.Sockets {
+		e.listed(now, a, &b.Sockets[i])
+	}
+	const young = 2e9
+	for i := len(a.conns) - 1; i >= 0; i-- {
+		c := a.conns[i]
+		if b.Sockets != nil && !c.listed && (c.state == appstate.Connect || c.state == appstate.SynRcvd) && now-c.created > young {
+			e.remove(c, fx) // its end was not seen
+		}
+	}
+	for _, c := range a.conns {
+		if (c.state == appstate.Connect || c.alive()) && c.refused == "" {
+			e.ask(now, c, fx)
+		}
+	}
+	e.pending = append(e.pending, &pending{id: r.ID, app: a, body: b, deadline: now + cmp.Or(b.Timeout, 2e9)})
+	a.tickAt = now + 10e6
+	e.at(a.tickAt)
+	return nil, nil, true
+}
+
+// prepare readies a structure for a snapshot. What bulk traffic has changed
+// unseen is not known any more.
+func (c *conn) prepare() {
+	if !c.translated {
+		c.learned, c.rcvKnown = false, false
+	}
+	c.listed, c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false, false
+	c.asks, c.askFrom, c.askAt, c.discarded, c.fwd = 0, 0, 0, 0, false
+	c.last, c.lastIn, c.lastOut = nobody, 0, 0
+	c.hsDone, c.hsStarted, c.hsError = false, false, ""
+	c.ep.Closed = false
+	if c.redoAt != 0 {
+		c.redoAt = 0
+		c.app.engine.unkeep(c)
+	}
+}
+
+// listed takes what sock_diag tells of one connection.
+func (e *Engine) listed(now Time, a *app, s *Socket) {
+	if !s.Established || !a.wants(s.ID) || e.byVIP[s.ID.Local.Addr()] != a {
+		return
+	}
+	c := e.conns[s.ID]
+	if c == nil {
+		role := appstate.Active
+		if s.Passive {
+			role = appstate.Passive
+		}
+		if c = e.newConn(now, a, s.ID, role, appstate.Connect); c == nil {
+			return
+		}
+	}
+	switch c.state {
+	case appstate.SynRcvd, appstate.SynSent:
+		c.set(appstate.Connect)
+	}
+	if s.CloseWait && !c.finIn {
+		c.finIn = true
+		if c.state == appstate.Connect {
+			c.set(appstate.Closing)
+		}
+	}
+	c.expire = 0
+	c.listed, c.ackSeen = true, true
+	c.sendQueue = s.SendQueue
+	if !s.Passive && c.role == appstate.Active {
+		c.refused = "the application opened it; such connections cannot be held yet"
+	}
+	if s.HasInfo {
+		c.info(now, s)
+	}
+}
+
+// info takes options and counters from tcp_info where the handshake was not
+// seen, and an estimate of local's RCV.NXT where it was.
+func (c *conn) info(now Time, s *Socket) {
+	if s.LastRecv != 0 || s.LastSent != 0 {
+		c.lastIn, c.lastOut = max(now-s.LastRecv, 1), max(now-s.LastSent, 1)
+		c.last = localSpoke
+		if s.LastRecv < s.LastSent {
+			c.last = remoteSpoke
+		}
+		if s.BytesReceived == 0 && s.BytesAcked <= 1 {
+			c.last = nobody
+		}
+	}
+	if c.translated {
+		return
+	}
+	c.bytesIn, c.bytesOut = s.BytesReceived, s.BytesAcked
+	if c.handshake {
+		c.ep.RcvNxt = c.irs.Add(1 + uint32(s.BytesReceived))
+		c.rcvKnown = true
+		return
+	}
+	o := &c.ep.Opt
+	o.TS, o.SACK, o.WScale = s.TS, s.SACK, s.WScale
+	o.RemoteScale, o.LocalScale = s.RemoteScale, s.LocalScale
+	mss := s.SndMSS
+	if s.TS {
+		mss += 12 // tcp_info counts without the option
+	}
+	o.MSS = uint16(min(mss, 65535))
+}
+
+// duePending answers requests that waited.
+func (e *Engine) duePending(now Time, fx *Effects) {
+	e.pending = slices.DeleteFunc(e.pending, func(p *pending) bool {
+		switch b := p.body.(type) {
+		case *SnapshotStart:
+			return e.learnedAll(now, p, b, fx)
+		case *Restored:
+			if now < p.deadline {
+				return false
+			}
+			res, err := e.finishRestore(now, b, p.app, fx)
+			fx.Replies = append(fx.Replies, Reply{ID: p.id, Body: res, Err: err})
+			return true
+		}
+		return true
+	})
+}
+
+// learnedAll answers SNAPSHOTSTART when every connection is learned or the
+// time is over.
+func (e *Engine) learnedAll(now Time, p *pending, b *SnapshotStart, fx *Effects) bool {
+	a := p.app
+	learned := 0
+	var lacking []string
+	for i := len(a.conns) - 1; i >= 0; i-- {
+		c := a.conns[i]
+		switch {
+		case !c.alive():
+		case c.refused != "":
+			lacking = append(lacking, fmt.Sprintf("%v %v: %s", c.id.Local, c.id.Remote, c.refused))
+		case !c.learned:
+			if now < p.deadline {
+				return false
+			}
+			lacking = append(lacking, fmt.Sprintf("%v %v: local did not tell its numbers in time", c.id.Local, c.id.Remote))
+		default:
+			learned++
+		}
+	}
+	res := a.result()
+	res.Learned = learned
+	var err error
+	if len(lacking) > 0 && !b.LeaveOut {
+		e.backToRestored(now, a, fx, "snapshot refused")
+		err = &Error{App: a.name, State: a.state, Text: "SNAPSHOTSTART refused: connections that cannot be held", Conns: lacking}
+	} else {
+		res.Notes = lacking
+	}
+	fx.Replies = append(fx.Replies, Reply{ID: p.id, Body: res, Err: err})
+	return true
+}
+
+func (e *Engine) snapshotFreeze(now Time, b *SnapshotFreeze, a *app, fx *Effects) (any, error) {
+	if b.Boundary != "" && b.Boundary != "turn" {
+		return nil, fmt.Errorf("%w: boundary %q is not built yet; use \"turn\"", ErrInvalid, b.Boundary)
+	}
+	a.set(appstate.SnapshotFreeze, fx, "freezing")
+	a.setVIP(fx, true, SetAway)
+	a.setVIP(fx, false, SetFull)
+	a.quiet = cmp.Or(b.Quiet, 50e6)
+	a.froze = now
+	for _, c := range a.conns {
+		if c.alive() && c.refused == "" {
+			e.freezeQuiet(now, c, fx)
+		}
+	}
+	a.tickAt = now + 5e6
+	e.at(a.tickAt)
+	return a.result(), nil
+}
+
+func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (any, error) {
+	if b.ID == "" {
+		return nil, fmt.Errorf("%w: SNAPSHOTDONE needs a snapshot ID", ErrInvalid)
+	}
+	res := a.result()
+	for _, c := range a.conns {
+		if !c.alive() {
+			continue
+		}
+		why := c.missing(now)
+		if c.sealed && c.discarded == 0 && c.ep.SndUna == c.ep.SndNxt {
+			why = ""
+		}
+		if why != "" {
+			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: %s", c.id.Local, c.id.Remote, why))
+		}
+	}
+	if len(res.Notes) > 0 && !b.Force {
+		return nil, &Error{App: a.name, State: a.state, Text: "SNAPSHOTDONE refused: not everything is accounted for", Conns: res.Notes}
+	}
+	a.sealed = true
+	a.snapID = b.ID
+	a.set(appstate.SnapshotDone, fx, "snapshot "+b.ID)
+	for i := len(a.conns) - 1; i >= 0; i-- {
+		c := a.conns[i]
+		if c.refused != "" || c.alive() && !c.learned { // cannot be held, and was named
+			e.dismiss(c, fx)
+			continue
+		}
+		c.frozen, c.sealed = true, true
+		if c.state == appstate.Connect && c.alive() || c.state == appstate.Closing && !c.finOut {
+			c.set(appstate.ConnectRmt)
+		}
+	}
+	if a.wake {
+		a.wakeTries = 0
+		e.requestRestore(now, a, fx)
+	}
+	res.State, res.SnapshotID = a.state, a.snapID
+	return res, nil
+}
+
+// dismiss ends a connection that is left out.
+func (e *Engine) dismiss(c *conn, fx *Effects) {
+	if c.learned {
+		sp := c.ep.Rst()
+		fx.send(&sp, false)
+	}
+	e.remove(c, fx)
+}
+
+func (e *Engine) snapshotAbort(now Time, a *app, fx *Effects) (any, error) {
+	var ended []string
+	for _, c := range a.conns {
+		if a.state == appstate.SnapshotFreeze && (c.localGone && c.state == appstate.ConnectRmt || c.discarded > 0) {
+			ended = append(ended, fmt.Sprintf("%v %v", c.id.Local, c.id.Remote))
+		}
+	}
+	if len(ended) > 0 {
+		return nil, &Error{App: a.name, State: a.state, Text: "SNAPSHOTABORT refused: local sides have ended already", Conns: ended}
+	}
+	e.backToRestored(now, a, fx, "snapshot aborted")
+	return a.result(), nil
+}
+
+// backToRestored lets the application go on after a snapshot that was given
+// up: kept octets are handed to the same local side and windows open again.
+func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
+	for _, c := range a.conns {
+		kept := len(c.kept) > 0 || c.keptFin
+		if kept {
+			c.hsIRS = c.ep.RcvNxt.Add(^uint32(0))
+			c.hsISN = c.localSeqOut(c.ep.SndNxt).Add(^uint32(0))
+			c.hsTS = c.ep.TSVal - c.tr.TSOut
+			e.handKept(c, fx)
+			e.unkeep(c) // the remote was told nothing of it and sends it again
+		}
+		if c.ep.Closed {
+			c.ep.Closed = false
+			sp := c.ep.Ack()
+			fx.send(&sp, false)
+		}
+		c.frozen, c.sealed, c.fwd, c.asks = false, false, false, 0
+	}
+	a.setVIP(fx, false, SetFull, SetAway)
+	if !a.anyTranslated() {
+		a.setVIP(fx, false, SetICMP)
+	}
+	a.sealed, a.wake, a.wakeAt = false, false, 0
+	a.set(appstate.Restored, fx, why)
+	e.handSyns(now, a, fx)
+}
+
+func (a *app) anyTranslated() bool {
+	return slices.ContainsFunc(a.conns, func(c *conn) bool { return c.translated })
+}
+
+// handSyns delivers the kept SYNs to local, as connections that begin now.
+func (e *Engine) handSyns(now Time, a *app, fx *Effects) {
+	for i := range a.syns {
+		k := &a.syns[i]
+		b := fx.arena.alloc(len(k.data))
+		copy(b, k.data)
+		fx.Sends = append(fx.Sends, Send{Data: b, Tracked: true})
+		var s packet.Segment
+		if s.Parse(b) == packet.OK {
+			e.noteSyn(now, a, e.conns[k.id], k.id, &s)
+		}
+	}
+	a.syns, a.synIndex = nil, nil
+}
+
+func (e *Engine) restoreStart(now Time, b *RestoreStart, a *app, fx *Effects) (any, error) {
+	if b.OldNode != "" {
+		return nil, fmt.Errorf("%w: RESTORESTART from another node is not built yet", ErrInvalid)
+	}
+	if b.IP != (netip.Addr{}) && !slices.Contains(a.vips, b.IP) {
+		return nil, fmt.Errorf("%w: %v is not a VIP of application %q", ErrInvalid, b.IP, a.name)
+	}
+	if b.ID != "" && b.ID != a.snapID {
+		return nil, &Error{App: a.name, State: a.state,
+			Text: fmt.Sprintf("RESTORESTART refused: the connections of application %q belong to snapshot %s, not %s", a.name, a.snapID, b.ID)}
+	}
+	a.set(appstate.RestoreStart, fx, "restoring")
+	a.wakeAt = 0
+	a.probedAt = now
+	for _, c := range a.conns {
+		c.hsDone, c.hsStarted, c.hsError = false, false, ""
+		fx.Untrack = append(fx.Untrack, c.id)
+		if c.state == appstate.ConnectRmt {
+			sp := c.ep.Probe()
+			fx.send(&sp, false)
+		}
+	}
+	return a.result(), nil
+}
+
+func (e *Engine) restoreConn(b *RestoreConn, a *app, fx *Effects) (any, error) {
+	if b.Kind != "syn" {
+		return nil, fmt.Errorf("%w: kind %q of RESTORECONN is not built yet; use \"syn\"", ErrInvalid, b.Kind)
+	}
+	res := a.result()
+	for _, id := range b.Conns {
+		c := e.conns[id]
+		switch {
+		case c == nil || c.app != a:
+			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: no such connection", id.Local, id.Remote))
+		case c.role != appstate.Passive:
+			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: it was opened by the application", id.Local, id.Remote))
+		case c.restorable():
+			e.startHandshake(c, fx)
+		}
+	}
+	return res, nil
+}
+
+// probeTime is how long silent remotes have to answer that they are gone.
+const probeTime = 20e6
+
+func (e *Engine) restored(now Time, r *Request, b *Restored, a *app, fx *Effects) (any, error, bool) {
+	if at := a.probedAt + probeTime; now < at {
+		e.pending = append(e.pending, &pending{id: r.ID, app: a, body: b, deadline: at})
+		e.at(at)
+		return nil, nil, true
+	}
+	res, err := e.finishRestore(now, b, a, fx)
+	return res, err, false
+}
+
+func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any, error) {
+	missing := a.notRestored()
+	if len(missing) > 0 && !b.ResetMissing {
+		return nil, &Error{App: a.name, State: a.state, Text: "RESTORED refused: connections that are not re-established", Conns: missing}
+	}
+	res := a.result()
+	res.Notes = missing
+	for i := len(a.conns) - 1; i >= 0; i-- {
+		c := a.conns[i]
+		switch {
+		case c.hsDone:
+			e.open(now, c, fx)
+		case c.restorable():
+			e.dismiss(c, fx)
+		case c.expire == 0:
+			e.remove(c, fx) // a handshake that never ended
+		default:
+			c.expire = max(c.expire, now+1e9)
+			e.at(c.expire)
+		}
+	}
+	a.setVIP(fx, false, SetAway)
+	a.sealed, a.wake, a.wakeAt = false, false, 0
+	a.set(appstate.Restored, fx, fmt.Sprintf("%d connections re-established", len(a.conns)))
+	e.handSyns(now, a, fx)
+	res.State = a.state
+	return res, nil
+}
+
+func (e *Engine) restoreAbort(now Time, a *app, fx *Effects) (any, error) {
+	for _, c := range a.conns {
+		e.undoHandshake(c)
+	}
+	a.set(appstate.SnapshotDone, fx, "restore aborted")
+	if a.wake { // ask again, later: what failed is not mended in a moment
+		a.wakeTries = max(a.wakeTries, 3)
+		a.wakeAt = now + min(Time(1e9)<<min(a.wakeTries, 5), 30e9)
+		e.at(a.wakeAt)
+	}
+	return a.result(), nil
+}
