@@ -1,0 +1,62 @@
+package rules
+
+import "fmt"
+
+// rule is one rule of a chain: its words as `iptables -S` prints them, and what it is for.
+type rule struct {
+	spec string
+	why  string
+}
+
+// chain is one of our chains and the place that calls it.
+type chain struct {
+	table, hook, name string
+	why               string
+	rules             []rule
+}
+
+func (c *chain) jump() string { return "-j " + c.name }
+
+// chains returns the rules of one family. Their words are in the order in which iptables prints them, because
+// Install compares the two and rewrites a chain that differs.
+func chains(f *family, cfg Config) []chain {
+	q := fmt.Sprintf("-j NFQUEUE --queue-num %d", cfg.Queue)
+	bypass := q + " --queue-bypass"
+	set := func(s Set, dir string) string { return "-m set --match-set " + f.setName(s) + " " + dir }
+	const edge = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE "
+
+	noTrack := rule{fmt.Sprintf("-m mark --mark 0x%x -j CT --notrack", cfg.Mark|MarkNoTrack),
+		"injected by the filter, not for connection tracking"}
+	ours := rule{fmt.Sprintf("-m mark --mark 0x%x/0x%x -j RETURN", cfg.Mark, cfg.Mask),
+		"our own packets are never queued again"}
+
+	in := chain{table: "raw", hook: "PREROUTING", name: ChainIn, why: "remote to local", rules: []rule{
+		noTrack, ours,
+		{"-i lo -j RETURN", "the node itself may always talk to the VIP"},
+		{set(Skip, "dst,dst") + " -j RETURN", "ports that are never captured"},
+		{"-p tcp " + set(Away, "dst") + " " + q, "application away: everything, dropped without a filter"},
+		{"-p tcp " + set(Flow, "src,src,dst") + " " + q, "translated flows, dropped without a filter"},
+		{"-p tcp " + set(Full, "dst") + " " + bypass, "full capture"},
+		{edge + set(VIP, "dst") + " " + bypass, "else only SYN, FIN and RST"},
+	}}
+	for _, t := range f.errTypes {
+		in.rules = append(in.rules, rule{
+			fmt.Sprintf("-p %s %s %d %s %s", f.icmp, f.icmpOpt, t.num, set(ICMP, "dst"), bypass),
+			"ICMP errors: " + t.name})
+	}
+	out := chain{table: "raw", hook: "OUTPUT", name: ChainOut, why: "local to remote, before connection tracking", rules: []rule{
+		noTrack, ours,
+		{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
+		{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
+		{"-p tcp " + set(Away, "src") + " " + q, "application away: sealed or held, dropped without a filter"},
+	}}
+	post := chain{table: "mangle", hook: "POSTROUTING", name: ChainPost, why: "local to remote, after connection tracking", rules: []rule{
+		ours,
+		{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
+		{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
+		{"-p tcp " + set(Flow, "dst,dst,src") + " " + q, "translated flows, dropped without a filter"},
+		{"-p tcp " + set(Full, "src") + " " + bypass, "full capture"},
+		{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
+	}}
+	return []chain{in, out, post}
+}

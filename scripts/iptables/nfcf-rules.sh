@@ -1,0 +1,176 @@
+#!/bin/sh
+# nfcf-rules.sh - the packet rules of nfconnfilter, to read and to run.
+#
+#   nfcf-rules.sh [--queue N] [--mark M] [--mask M] [--maxelem N]    write them
+#   nfcf-rules.sh --purge                                            remove every rule and set
+#
+# The filter writes the same rules by itself when it starts. Run this by hand to see that a node can carry
+# them, to put them up before the filter starts (boot), or to clean up after it. Running it again changes
+# nothing that is right already: set contents stay, chains are replaced in one transaction.
+#
+# How it works: the rules never change. They look addresses up in sets, and the filter adds and removes set
+# entries:
+#   vip   VIPs of registered applications: SYN, FIN and RST are queued, bulk never leaves the kernel
+#   full  VIPs of which everything is queued (a snapshot is announced)
+#   away  VIPs whose application is frozen or gone: everything is queued, and dropped without a filter
+#   icmp  VIPs whose ICMP errors are queued
+#   skip  VIP,tcp:port that is never captured
+#   flow  remote,tcp:port,VIP of connections whose numbers are translated; dropped without a filter
+# --queue-bypass lets packets pass while no filter runs. The rules without it stand first.
+set -eu
+
+queue=64
+mark=0x4e460000
+mask=0xffff0000
+maxelem=1048576
+purge=no
+
+usage() {
+	echo "usage: $0 [--queue N] [--mark M] [--mask M] [--maxelem N] | --purge" >&2
+	exit 2
+}
+
+number() {
+	case $2 in
+	'' | *[!0-9a-fA-FxX]*) echo "$0: $1 needs a number, not '$2'" >&2; exit 2 ;;
+	esac
+}
+
+while [ $# -gt 0 ]; do
+	case $1 in
+	--purge) purge=yes; shift; continue ;;
+	--queue | --mark | --mask | --maxelem) [ $# -ge 2 ] || usage ;;
+	*) usage ;;
+	esac
+	number "$1" "$2"
+	case $1 in
+	--queue) queue=$2 ;;
+	--mark) mark=$2 ;;
+	--mask) mask=$2 ;;
+	--maxelem) maxelem=$2 ;;
+	esac
+	shift 2
+done
+
+PATH=$PATH:/usr/sbin:/sbin
+for tool in iptables ipset; do
+	command -v $tool >/dev/null || { echo "$0: $tool is not there: install the package $tool" >&2; exit 1; }
+done
+
+# The mark of injected packets that connection tracking must not see.
+notrack=$(printf '0x%x' $((mark | 1)))
+mark=$(printf '0x%x' $((mark)))
+mask=$(printf '0x%x' $((mask)))
+
+# drop_jump IPTABLES TABLE HOOK CHAIN: a "-D" line for each jump that is there.
+drop_jump() {
+	$1 -w -t "$2" -S "$3" | sed -n "s/^-A \($3 -j $4\)\$/-D \1/p"
+}
+
+# sets PREFIX FAMILY
+sets() {
+	ipset create -exist "$1vip" hash:ip family "$2" maxelem 65536
+	ipset create -exist "$1full" hash:ip family "$2" maxelem 65536
+	ipset create -exist "$1away" hash:ip family "$2" maxelem 65536
+	ipset create -exist "$1icmp" hash:ip family "$2" maxelem 65536
+	ipset create -exist "$1skip" hash:ip,port family "$2" maxelem 65536
+	ipset create -exist "$1flow" hash:ip,port,ip family "$2" maxelem "$maxelem"
+}
+
+# icmp_errors IPTABLES PREFIX: destination unreachable, time exceeded, parameter problem (and packet too big)
+icmp_errors() {
+	case $1 in
+	iptables) match='-p icmp -m icmp --icmp-type' types='3 11 12' ;;
+	*) match='-p ipv6-icmp -m icmp6 --icmpv6-type' types='1 2 3 4' ;;
+	esac
+	for t in $types; do
+		echo "-A NFCF-IN $match $t -m set --match-set $2icmp dst -j NFQUEUE --queue-num $queue --queue-bypass"
+	done
+}
+
+# rules IPTABLES PREFIX
+rules() {
+	# Before connection tracking: what comes from the remote, and what a dying or held application sends.
+	"$1-restore" -w --noflush <<-EOF
+		*raw
+		:NFCF-IN - [0:0]
+		:NFCF-OUT - [0:0]
+		# the filter's own packets
+		-A NFCF-IN -m mark --mark $notrack -j CT --notrack
+		-A NFCF-IN -m mark --mark $mark/$mask -j RETURN
+		# the node itself, ports that are never captured
+		-A NFCF-IN -i lo -j RETURN
+		-A NFCF-IN -m set --match-set $2skip dst,dst -j RETURN
+		# never without the filter
+		-A NFCF-IN -p tcp -m set --match-set $2away dst -j NFQUEUE --queue-num $queue
+		-A NFCF-IN -p tcp -m set --match-set $2flow src,src,dst -j NFQUEUE --queue-num $queue
+		# with the filter, if it runs
+		-A NFCF-IN -p tcp -m set --match-set $2full dst -j NFQUEUE --queue-num $queue --queue-bypass
+		-A NFCF-IN -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip dst -j NFQUEUE --queue-num $queue --queue-bypass
+		$(icmp_errors "$1" "$2")
+		-A NFCF-OUT -m mark --mark $notrack -j CT --notrack
+		-A NFCF-OUT -m mark --mark $mark/$mask -j RETURN
+		-A NFCF-OUT -o lo -j RETURN
+		-A NFCF-OUT -m set --match-set $2skip src,src -j RETURN
+		-A NFCF-OUT -p tcp -m set --match-set $2away src -j NFQUEUE --queue-num $queue
+		$(drop_jump "$1" raw PREROUTING NFCF-IN)
+		-I PREROUTING 1 -j NFCF-IN
+		$(drop_jump "$1" raw OUTPUT NFCF-OUT)
+		-I OUTPUT 1 -j NFCF-OUT
+		COMMIT
+	EOF
+	# After connection tracking, which so sees local numbers only: what goes to the remote.
+	"$1-restore" -w --noflush <<-EOF
+		*mangle
+		:NFCF-POST - [0:0]
+		-A NFCF-POST -m mark --mark $mark/$mask -j RETURN
+		-A NFCF-POST -o lo -j RETURN
+		-A NFCF-POST -m set --match-set $2skip src,src -j RETURN
+		-A NFCF-POST -p tcp -m set --match-set $2flow dst,dst,src -j NFQUEUE --queue-num $queue
+		-A NFCF-POST -p tcp -m set --match-set $2full src -j NFQUEUE --queue-num $queue --queue-bypass
+		-A NFCF-POST -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip src -j NFQUEUE --queue-num $queue --queue-bypass
+		$(drop_jump "$1" mangle POSTROUTING NFCF-POST)
+		-I POSTROUTING 1 -j NFCF-POST
+		COMMIT
+	EOF
+}
+
+# unhook IPTABLES TABLE HOOK CHAIN
+unhook() {
+	while $1 -w -t "$2" -D "$3" -j "$4" 2>/dev/null; do :; done
+	if $1 -w -t "$2" -S "$4" >/dev/null 2>&1; then
+		$1 -w -t "$2" -F "$4"
+		$1 -w -t "$2" -X "$4"
+	fi
+}
+
+# remove IPTABLES PREFIX
+remove() {
+	unhook "$1" raw PREROUTING NFCF-IN
+	unhook "$1" raw OUTPUT NFCF-OUT
+	unhook "$1" mangle POSTROUTING NFCF-POST
+	for s in vip full away icmp skip flow; do
+		# The kernel lets go of a set a moment after the last rule that named it.
+		tries=50
+		while ipset list -n "$2$s" >/dev/null 2>&1 && ! ipset destroy "$2$s" 2>/dev/null; do
+			tries=$((tries - 1))
+			[ $tries -gt 0 ] || { ipset destroy "$2$s"; exit 1; }
+			sleep 0.1
+		done
+	done
+}
+
+ipv6=no
+if command -v ip6tables >/dev/null && ip6tables -w -t raw -S >/dev/null 2>&1; then ipv6=yes; fi
+
+if [ $purge = yes ]; then
+	remove iptables nfcf4-
+	if [ $ipv6 = yes ]; then remove ip6tables nfcf6-; fi
+	exit 0
+fi
+sets nfcf4- inet
+rules iptables nfcf4-
+if [ $ipv6 = yes ]; then
+	sets nfcf6- inet6
+	rules ip6tables nfcf6-
+fi
