@@ -1,0 +1,357 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"connectrpc.com/connect"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
+	"github.com/nfconnfilter/nfconnfilter/internal/vip"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1/nfconnfilterv1connect"
+)
+
+// Names of operations, as errors and Progress show them.
+const (
+	opStart    = "start"
+	opStop     = "stop"
+	opSnapshot = "snapshot"
+	opRestore  = "restore"
+	opAbort    = "abort"
+)
+
+// DefaultRestoreListen is where restore requests of the filter arrive on a
+// node without a scheduler.
+const DefaultRestoreListen = "127.0.0.1:7400"
+
+// Options say how an agent runs.
+type Options struct {
+	// SharedDir holds cluster.toml, apps/ and snapshots/; NodeFile is the
+	// node's own file.
+	SharedDir, NodeFile string
+	// Logger is slog.Default when nil.
+	Logger *slog.Logger
+	// Reload makes the agent read its configuration again; may be nil.
+	Reload <-chan struct{}
+	// RestoreListen is DefaultRestoreListen when empty.
+	RestoreListen string
+}
+
+// sockets is the part of sockdiag.Conn that the agent needs.
+type sockets interface {
+	List(sockdiag.Query) ([]sockdiag.Socket, error)
+	Listeners(addrs []netip.Addr, ports []uint16) ([]sockdiag.Socket, error)
+	Destroy(sockdiag.Socket) error
+	Close() error
+}
+
+// addresses adds and removes VIPs, in a network namespace ("": the agent's).
+type addresses interface {
+	add(namespace, iface string, addr netip.Addr) error
+	remove(namespace, iface string, addr netip.Addr) error
+	has(namespace string, addr netip.Addr) (iface string, ok bool, err error)
+	// local lists every address of the node and of the namespace.
+	local(namespace string) ([]netip.Addr, error)
+}
+
+// agent serves nfconnfilter.v1.Agent.
+type agent struct {
+	o           Options
+	log         *slog.Logger
+	filter      nfconnfilterv1connect.FilterClient
+	openSockets func(namespace string) (sockets, error)
+	addrs       addresses
+	launch      launcher
+	store       store
+	trust       func(path string) error // whether root may run what the file says
+	readApp     func(name string) (*config.App, error)
+	root        context.Context // ends when the agent is told to stop
+	wg          sync.WaitGroup  // operations under way
+
+	mu     sync.Mutex
+	cfg    *config.Config
+	ops    map[string]*operation
+	wanted map[string]bool // restore requests that came during another operation
+	procs  map[string]process
+}
+
+var _ nfconnfilterv1connect.AgentHandler = (*agent)(nil)
+
+// Run serves the agent socket until ctx ends. Operations that can be undone
+// are undone then, the others are finished; applications run on. An error says
+// what keeps the agent from working: an invalid configuration (config.Faults),
+// a socket or port that is taken.
+func Run(ctx context.Context, o Options) error {
+	if o.Logger == nil {
+		o.Logger = slog.Default()
+	}
+	if o.RestoreListen == "" {
+		o.RestoreListen = DefaultRestoreListen
+	}
+	cfg, err := config.Load(o.SharedDir, o.NodeFile)
+	if err != nil {
+		return err
+	}
+	launch := &osLauncher{stateDir: cfg.Node.StateDir, log: o.Logger}
+	filter := control.Dial(cfg.Node.ControlSocket)
+	defer filter.Close()
+	a := newAgent(ctx, o, cfg, filter)
+	a.launch, a.addrs = launch, osAddresses{o.Logger}
+	a.openSockets = func(namespace string) (sockets, error) {
+		if namespace == "" {
+			return sockdiag.Open()
+		}
+		return sockdiag.OpenIn(namespacePath(namespace))
+	}
+	for _, f := range cfg.AllFaults() {
+		a.log.Error("application disabled", "fault", f.Error())
+	}
+	return a.serve(ctx)
+}
+
+func newAgent(root context.Context, o Options, cfg *config.Config, filter nfconnfilterv1connect.FilterClient) *agent {
+	return &agent{
+		trust:   config.CheckTrusted,
+		readApp: func(name string) (*config.App, error) { return config.LoadApp(o.SharedDir, o.NodeFile, name) },
+		o:       o, log: o.Logger, filter: filter, cfg: cfg, root: root,
+		store: store{filepath.Join(o.SharedDir, "snapshots")},
+		ops:   map[string]*operation{}, wanted: map[string]bool{}, procs: map[string]process{},
+	}
+}
+
+// serve opens both doors and waits for their end and that of all operations.
+func (a *agent) serve(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	a.root = ctx
+	node := a.config().Node
+	l, err := control.Listen(node.AgentSocket, node.ControlGroup)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if w := control.Warning(l); w != "" {
+		a.log.Warn(w)
+	}
+	var rl net.Listener
+	if a.config().Cluster.Scheduler == nil {
+		var lc net.ListenConfig
+		if rl, err = lc.Listen(ctx, "tcp", a.o.RestoreListen); err != nil {
+			return fmt.Errorf("port for restore requests: %w; another agent or scheduler runs here, or set [scheduler] in cluster.toml", err)
+		}
+		defer rl.Close()
+	}
+	a.recover(ctx)
+	errs := make(chan error, 2)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		errs <- control.Serve(ctx, l, control.AgentHandler(a), control.AllowGroup(node.ControlGroup))
+		cancel()
+	})
+	if rl != nil {
+		s := &requestServer{allowed: a.mayRequest, accept: a.requested}
+		wg.Go(func() {
+			errs <- s.serve(ctx, rl)
+			cancel()
+		})
+	}
+	a.log.Info("agent serves", "socket", node.AgentSocket, "node", node.Name)
+	for reload := a.o.Reload; ctx.Err() == nil; {
+		select {
+		case <-ctx.Done():
+		case _, open := <-reload:
+			if !open {
+				reload = nil
+				continue
+			}
+			a.reload()
+		}
+	}
+	wg.Wait()
+	// An operation that saw the agent running is counted before the lock is
+	// free again; none begins after.
+	a.mu.Lock()
+	under := len(a.ops)
+	a.mu.Unlock()
+	if under > 0 {
+		a.log.Info("waiting for operations to end", "number", under)
+	}
+	a.wg.Wait()
+	close(errs)
+	var all error
+	for err := range errs {
+		all = errors.Join(all, err)
+	}
+	return all
+}
+
+func (a *agent) config() *config.Config {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.cfg
+}
+
+// reload takes a new configuration; an invalid one leaves the old in force.
+func (a *agent) reload() {
+	cfg, err := config.Load(a.o.SharedDir, a.o.NodeFile)
+	if err != nil {
+		a.log.Error("configuration is invalid, the old one stays in force", "err", err)
+		return
+	}
+	for _, f := range cfg.AllFaults() {
+		a.log.Error("application disabled", "fault", f.Error())
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	cfg.Generation = a.cfg.Generation + 1
+	a.cfg = cfg
+	a.log.Info("configuration read again", "generation", cfg.Generation)
+}
+
+// app finds an application in the configuration in force.
+func (a *agent) app(name string) (*config.App, error) {
+	cfg := a.config()
+	if app := cfg.Apps[name]; app != nil {
+		return app, nil
+	}
+	if f := cfg.AppFaults[name]; len(f) > 0 {
+		return nil, control.Error(connect.CodeInvalidArgument, name, "", "application "+name+" is disabled: "+f.Error())
+	}
+	known := slices.Sorted(maps.Keys(cfg.Apps))
+	return nil, control.Error(connect.CodeNotFound, name, "",
+		fmt.Sprintf("no application %q in %s; there is %q", name, filepath.Join(cfg.SharedDir, "apps"), known))
+}
+
+// freshApp reads an application's file again, for start.
+func (a *agent) freshApp(name string) (*config.App, error) {
+	if name == "" || name != filepath.Base(name) || name[0] == '.' {
+		return nil, control.Error(connect.CodeInvalidArgument, name, "", fmt.Sprintf("%q is not an application's name", name))
+	}
+	cfg := a.config()
+	app, err := a.readApp(name)
+	if _, serr := os.Stat(filepath.Join(cfg.SharedDir, "apps", name+".toml")); err != nil && errors.Is(serr, os.ErrNotExist) {
+		return a.app(name) // says which there are
+	}
+	if err != nil {
+		return nil, control.Error(connect.CodeInvalidArgument, name, "", err.Error())
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	fresh := *a.cfg
+	fresh.Apps, fresh.AppFaults = maps.Clone(fresh.Apps), maps.Clone(fresh.AppFaults)
+	if fresh.Apps == nil {
+		fresh.Apps = map[string]*config.App{}
+	}
+	fresh.Apps[name] = app
+	delete(fresh.AppFaults, name)
+	a.cfg = &fresh
+	return app, nil
+}
+
+// trusted tells whether root may run what the application's file says.
+func (a *agent) trusted(app *config.App) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	path := filepath.Join(a.config().SharedDir, "apps", app.Name+".toml")
+	if err := a.trust(path); err != nil {
+		return control.Error(connect.CodePermissionDenied, app.Name, "", err.Error())
+	}
+	return nil
+}
+
+// mayRequest tells who may ask for restores: this machine and the nodes.
+func (a *agent) mayRequest(peer netip.Addr) bool {
+	if peer.IsLoopback() {
+		return true
+	}
+	return slices.ContainsFunc(a.config().Cluster.Nodes, func(n config.ClusterNode) bool { return n.Address.Unmap() == peer })
+}
+
+// processOf gives the application's process; nil when none runs.
+func (a *agent) processOf(app *config.App) (process, error) {
+	a.mu.Lock()
+	p := a.procs[app.Name]
+	a.mu.Unlock()
+	if p != nil && p.alive() {
+		return p, nil
+	}
+	p, err := a.launch.find(app)
+	if err != nil {
+		return nil, err
+	}
+	a.setProcess(app.Name, p)
+	return p, nil
+}
+
+func (a *agent) setProcess(app string, p process) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if p == nil {
+		delete(a.procs, app)
+		return
+	}
+	a.procs[app] = p
+}
+
+// osAddresses are those of this machine.
+type osAddresses struct{ log *slog.Logger }
+
+func (o osAddresses) add(namespace, iface string, addr netip.Addr) error {
+	return inNamespace(namespace, func() error {
+		if err := vip.Add(iface, addr); err != nil {
+			return err
+		}
+		if iface == "lo" || !addr.Is4() {
+			return nil
+		}
+		if err := vip.Announce(iface, addr); err != nil {
+			// Neighbours that still know another owner learn it with time.
+			o.log.Warn("VIP is not announced", "interface", iface, "vip", addr, "err", err)
+		}
+		return nil
+	})
+}
+
+func (osAddresses) remove(namespace, iface string, addr netip.Addr) error {
+	return inNamespace(namespace, func() error { return vip.Remove(iface, addr) })
+}
+
+func (osAddresses) has(namespace string, addr netip.Addr) (iface string, ok bool, err error) {
+	err = inNamespace(namespace, func() error {
+		iface, ok, err = vip.Has(addr)
+		return err
+	})
+	return iface, ok, err
+}
+
+func (osAddresses) local(namespace string) ([]netip.Addr, error) {
+	var out []netip.Addr
+	look := func() error {
+		all, err := net.InterfaceAddrs()
+		for _, n := range all {
+			if p, ok := n.(*net.IPNet); ok {
+				if addr, ok := netip.AddrFromSlice(p.IP); ok {
+					out = append(out, addr.Unmap())
+				}
+			}
+		}
+		return err
+	}
+	if err := look(); err != nil || namespace == "" {
+		return out, err
+	}
+	err := inNamespace(namespace, look)
+	return out, err
+}

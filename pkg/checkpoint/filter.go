@@ -1,0 +1,211 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"connectrpc.com/connect"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+)
+
+// filterError says which request failed, keeping code, state and connections
+// of the filter's answer.
+func filterError(err error, app, request string) error {
+	if err == nil {
+		return nil
+	}
+	if control.IsUnreachable(err) {
+		return control.Error(connect.CodeUnavailable, app, "",
+			request+": the filter is not reachable ("+err.Error()+"); start nfconnfilter run")
+	}
+	msg := err.Error()
+	if ce := new(connect.Error); errors.As(err, &ce) {
+		msg = ce.Message()
+	}
+	state, conns := "", []string(nil)
+	if info := control.Info(err); info != nil {
+		state, conns = info.State, info.Connections
+	}
+	return control.Error(connect.CodeOf(err), app, state, request+": "+msg, conns...)
+}
+
+// failed makes the error of an operation. An error that carries a code keeps
+// it, with what it knows of state and connections.
+func failed(op, app, state string, err error) error {
+	code, msg := connect.CodeFailedPrecondition, err.Error()
+	var conns []string
+	if ce := new(connect.Error); errors.As(err, &ce) {
+		// The inner code's word would stand in the middle of the sentence.
+		code, msg = ce.Code(), strings.Replace(msg, ce.Error(), ce.Message(), 1)
+		if info := control.Info(err); info != nil {
+			conns = info.Connections
+			if state == "" {
+				state = info.State
+			}
+		}
+	}
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, errAborted), errors.Is(err, errStopping):
+		code = connect.CodeAborted
+	case errors.Is(err, context.DeadlineExceeded):
+		code = connect.CodeDeadlineExceeded
+	}
+	return control.Error(code, app, state, fmt.Sprintf("%s of %s: %s", op, app, msg), conns...)
+}
+
+// refused is the error of an operation that the state does not allow.
+func refused(op, app, state, remedy string) error {
+	shown := state
+	if shown == control.StateUnknown {
+		shown = "unknown (not started on this node)"
+	}
+	return control.Error(connect.CodeFailedPrecondition, app, state,
+		fmt.Sprintf("%s of %s is not allowed in state %s; %s", op, app, shown, remedy))
+}
+
+// status asks the filter for an application; one that it does not know has
+// the state "".
+func (a *agent) status(ctx context.Context, app string) (*pb.AppStatus, error) {
+	r, err := a.filter.Status(ctx, connect.NewRequest(&pb.StatusRequest{App: app}))
+	if connect.CodeOf(err) == connect.CodeNotFound && !control.IsUnreachable(err) {
+		return &pb.AppStatus{Name: app}, nil
+	}
+	if err != nil {
+		return nil, filterError(err, app, "STATUS")
+	}
+	for _, s := range r.Msg.Apps {
+		if s.Name == app {
+			return s, nil
+		}
+	}
+	return &pb.AppStatus{Name: app}, nil
+}
+
+func (a *agent) connInfo(ctx context.Context, app string) (*pb.ConnInfoReply, error) {
+	r, err := a.filter.GetConnInfo(ctx, connect.NewRequest(&pb.GetConnInfoRequest{App: app}))
+	if err != nil {
+		return nil, filterError(err, app, control.RequestGetConnInfo)
+	}
+	return r.Msg, nil
+}
+
+// register tells the filter about an application, its lists joined with those
+// of the cluster.
+func (a *agent) register(ctx context.Context, app *config.App) error {
+	f := a.config().Cluster.Filter
+	req := &pb.RegisterRequest{
+		App:              app.Name,
+		IncludePorts:     ports(app.IncludePorts, f.IncludePorts),
+		OutgoingPorts:    ports(app.OutgoingPorts),
+		ExcludePorts:     ports(app.ExcludePorts, f.ExcludePorts),
+		IncludeAddresses: prefixes(f.IncludeAddresses),
+		ExcludeAddresses: prefixes(f.ExcludeAddresses),
+	}
+	for _, v := range app.VIPs {
+		req.Vips = append(req.Vips, v.String())
+	}
+	_, err := a.filter.Register(ctx, connect.NewRequest(req))
+	return filterError(err, app.Name, control.RequestRegister)
+}
+
+// ports joins lists, sorted and without repetitions.
+func ports(lists ...[]uint16) []uint32 {
+	var out []uint32
+	for _, p := range slices.Concat(lists...) {
+		out = append(out, uint32(p))
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+func prefixes(list []netip.Prefix) []string {
+	var out []string
+	for _, p := range list {
+		out = append(out, p.String())
+	}
+	return out
+}
+
+// scope tells which sockets are the application's connections: the same choice
+// that the filter makes.
+type scope struct {
+	vips                               []netip.Addr
+	include, exclude, outgoing         []uint32
+	includeAddresses, excludeAddresses []netip.Prefix
+	own                                []netip.Addr // addresses of this node
+	listening                          map[uint16]bool
+}
+
+func (a *agent) newScope(app *config.App, listeners []sockdiag.Socket) (*scope, error) {
+	own, err := a.addrs.local(app.Process.Namespace)
+	if err != nil {
+		return nil, fmt.Errorf("addresses of this node: %w", err)
+	}
+	f := a.config().Cluster.Filter
+	s := &scope{
+		vips:    app.VIPs,
+		include: ports(app.IncludePorts, f.IncludePorts), exclude: ports(app.ExcludePorts, f.ExcludePorts),
+		outgoing: ports(app.OutgoingPorts), includeAddresses: f.IncludeAddresses, excludeAddresses: f.ExcludeAddresses,
+		own: slices.Concat(own, app.VIPs), listening: map[uint16]bool{},
+	}
+	for _, l := range listeners {
+		s.listening[l.Local.Port()] = true
+	}
+	return s, nil
+}
+
+// sameHost tells that both ends are on this node: such a connection goes over
+// lo and is never filtered.
+func (s *scope) sameHost(k sockdiag.Socket) bool {
+	r := k.Remote.Addr().Unmap()
+	return r.IsLoopback() || slices.Contains(s.own, r)
+}
+
+// passive tells that local accepted the connection.
+func (s *scope) passive(k sockdiag.Socket) bool { return s.listening[k.Local.Port()] }
+
+// wants tells whether the filter looks at the connection.
+func (s *scope) wants(k sockdiag.Socket) bool {
+	has := func(list []uint32, p uint16) bool { return slices.Contains(list, uint32(p)) }
+	holds := func(list []netip.Prefix) bool {
+		return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(k.Remote.Addr().Unmap()) })
+	}
+	switch {
+	case has(s.exclude, k.Local.Port()), holds(s.excludeAddresses):
+		return false
+	case len(s.includeAddresses) > 0 && !holds(s.includeAddresses):
+		return false
+	case s.passive(k):
+		return len(s.include) == 0 || has(s.include, k.Local.Port())
+	}
+	return len(s.outgoing) == 0 || has(s.outgoing, k.Remote.Port())
+}
+
+// socketMessage is the socket as the filter is told about it.
+func socketMessage(k sockdiag.Socket, passive bool) *pb.Socket {
+	m := &pb.Socket{
+		Local: k.Local.String(), Remote: k.Remote.String(), State: k.State.String(), Passive: passive,
+		RecvQueue: k.RecvQ, SendQueue: k.SendQ,
+	}
+	if i := k.Info; i != nil {
+		m.HasInfo = true
+		m.OptTimestamps, m.OptSack, m.OptWscale = i.Options.Timestamps, i.Options.SACK, i.Options.WScale
+		m.SndWscale, m.RcvWscale = uint32(i.SndWScale), uint32(i.RcvWScale)
+		m.SndMss, m.AdvMss = i.SndMSS, i.AdvMSS
+		m.BytesAcked, m.BytesReceived, m.BytesSent = i.BytesAcked, i.BytesReceived, i.BytesSent
+		m.LastDataSentMs, m.LastDataRecvMs = uint32(i.LastDataSent.Milliseconds()), uint32(i.LastDataRecv.Milliseconds())
+		m.RcvSpace = i.RcvSpace
+	}
+	return m
+}
+
+// pairName names a connection as messages do.
+func pairName(local, remote string) string { return local + " " + remote }

@@ -1,0 +1,341 @@
+package checkpoint
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+)
+
+// launcher starts applications and finds those that run already.
+type launcher interface {
+	// start runs the application's start command.
+	start(app *config.App) (process, error)
+	// run runs another command of the application to its end, as the same
+	// user and in the same place. When ctx ends it is killed.
+	run(ctx context.Context, app *config.App, argv []string) error
+	// find gives the process that an earlier agent started or adopted, or
+	// that pid_file names; nil when none runs.
+	find(app *config.App) (process, error)
+	// logPath tells where the application's output goes.
+	logPath(app *config.App) string
+}
+
+// osLauncher starts processes on this machine.
+type osLauncher struct {
+	stateDir string
+	log      *slog.Logger
+	noCgroup bool // tests: stop by signals
+	// children counts the goroutines that reap.
+	children sync.WaitGroup
+}
+
+func (l *osLauncher) logPath(app *config.App) string {
+	p := app.Process.LogFile
+	switch {
+	case p == "":
+		return filepath.Join(l.stateDir, "log", app.Name+".log")
+	case !filepath.IsAbs(p) && app.Process.WorkingDirectory != "":
+		return filepath.Join(app.Process.WorkingDirectory, p)
+	}
+	return p
+}
+
+func (l *osLauncher) openLog(app *config.App) (*os.File, error) {
+	path := l.logPath(app)
+	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
+		return nil, fmt.Errorf("log of %s: %w", app.Name, err)
+	}
+	// O_NOFOLLOW: the directory may belong to the application's user.
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW, 0o640)
+	if err != nil {
+		return nil, fmt.Errorf("log of %s: %w", app.Name, err)
+	}
+	return f, nil
+}
+
+// command prepares a child that outlives the agent: a session of its own, its
+// output in a file, nothing on its standard input.
+func (l *osLauncher) command(app *config.App, argv []string, log *os.File) (*exec.Cmd, error) {
+	p := app.Process
+	name := argv[0]
+	if strings.Contains(name, "/") && !filepath.IsAbs(name) && p.WorkingDirectory != "" {
+		name = filepath.Join(p.WorkingDirectory, name)
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return nil, fmt.Errorf("command of %s: %w", app.Name, err)
+	}
+	if os.Geteuid() == 0 && (p.User == "" || p.User == "root" || p.User == "0") {
+		if err := config.CheckTrusted(path); err != nil {
+			return nil, fmt.Errorf("command of %s is not run as root: %w", app.Name, err)
+		}
+	}
+	cmd := &exec.Cmd{
+		Path: path, Args: argv, Dir: p.WorkingDirectory, Stdout: log, Stderr: log,
+		Env:         append(os.Environ(), p.Environment...),
+		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	}
+	if p.User == "" {
+		return cmd, nil
+	}
+	cred, env, err := credential(p.User)
+	if err != nil {
+		return nil, fmt.Errorf("user of %s: %w", app.Name, err)
+	}
+	cmd.Env = slices.Concat(os.Environ(), env, p.Environment)
+	if os.Geteuid() != int(cred.Uid) || os.Geteuid() == 0 {
+		cmd.SysProcAttr.Credential = cred
+	}
+	return cmd, nil
+}
+
+// credential looks up a user by name or number with all groups.
+func credential(name string) (*syscall.Credential, []string, error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		byID, idErr := user.LookupId(name)
+		if idErr != nil {
+			return nil, nil, fmt.Errorf("%w; create it or change process.user", err)
+		}
+		u = byID
+	}
+	uid, err := strconv.ParseUint(u.Uid, 10, 32)
+	if err != nil {
+		return nil, nil, err
+	}
+	gid, err := strconv.ParseUint(u.Gid, 10, 32)
+	if err != nil {
+		return nil, nil, err
+	}
+	c := &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+	ids, err := u.GroupIds()
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, id := range ids {
+		if n, err := strconv.ParseUint(id, 10, 32); err == nil {
+			c.Groups = append(c.Groups, uint32(n))
+		}
+	}
+	return c, []string{"HOME=" + u.HomeDir, "USER=" + u.Username, "LOGNAME=" + u.Username}, nil
+}
+
+func (l *osLauncher) start(app *config.App) (process, error) {
+	if len(app.Process.Start) == 0 {
+		return nil, fmt.Errorf("%s has no process.start and no process that runs already; give it a start command", app.Name)
+	}
+	log, err := l.openLog(app)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	cmd, err := l.command(app, app.Process.Start, log)
+	if err != nil {
+		return nil, err
+	}
+	group := l.startInCgroup(app, cmd)
+	if group == "" {
+		if err := startIn(app.Process.Namespace, cmd); err != nil {
+			return nil, fmt.Errorf("start %s: %w", app.Name, err)
+		}
+	}
+	st, err := readStat(cmd.Process.Pid)
+	if err != nil {
+		// It is our child and not reaped yet, so /proc itself is at fault.
+		return nil, errors.Join(fmt.Errorf("start %s: %w", app.Name, err), cmd.Process.Kill(), cmd.Wait())
+	}
+	p := &osProcess{child: make(chan struct{}), rec: record{
+		App: app.Name, PID: st.pid, StartTime: st.start, BootID: bootID(),
+		Cgroup: string(group), OwnSession: true, OwnGroup: true,
+	}}
+	p.ended = func() { l.forget(app.Name) }
+	l.children.Go(func() {
+		defer close(p.child)
+		err := cmd.Wait()
+		p.mu.Lock()
+		p.exit = cmd.ProcessState.String()
+		p.mu.Unlock()
+		l.log.Info("process ended", "app", app.Name, "pid", st.pid, "how", cmd.ProcessState.String(), "err", err)
+	})
+	if err := saveRecord(l.stateDir, p.rec); err != nil {
+		return nil, errors.Join(fmt.Errorf("record of %s: %w", app.Name, err), p.stop(unix.SIGKILL, 0))
+	}
+	return p, nil
+}
+
+func (l *osLauncher) forget(app string) {
+	if err := removeRecord(l.stateDir, app); err != nil {
+		l.log.Warn("record of a stopped application stays", "app", app, "err", err)
+	}
+}
+
+// startInCgroup starts the command inside a new cgroup (clone3 with
+// CLONE_INTO_CGROUP); "" when that is not possible here and nothing was
+// started.
+func (l *osLauncher) startInCgroup(app *config.App, cmd *exec.Cmd) cgroup {
+	if l.noCgroup {
+		return ""
+	}
+	c, err := newCgroup(app.Name, randomHex(4))
+	if err != nil {
+		l.log.Debug("no cgroup for the application, it is stopped by signals", "app", app.Name, "err", err)
+		return ""
+	}
+	d, err := os.Open(string(c))
+	if err == nil {
+		defer d.Close()
+		attr := *cmd.SysProcAttr
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(d.Fd())
+		if err = startIn(app.Process.Namespace, cmd); err == nil {
+			return c
+		}
+		// A second Start needs a fresh Cmd.
+		*cmd = exec.Cmd{Path: cmd.Path, Args: cmd.Args, Dir: cmd.Dir, Env: cmd.Env,
+			Stdout: cmd.Stdout, Stderr: cmd.Stderr, SysProcAttr: &attr}
+	}
+	l.log.Debug("no cgroup for the application, it is stopped by signals", "app", app.Name, "err", err)
+	c.remove()
+	return ""
+}
+
+func (l *osLauncher) run(ctx context.Context, app *config.App, argv []string) error {
+	log, err := l.openLog(app)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd, err := l.command(app, argv, log)
+	if err != nil {
+		return err
+	}
+	if err := startIn(app.Process.Namespace, cmd); err != nil {
+		return fmt.Errorf("%s: %w", argv[0], err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		// Its own session, so the group holds what it started.
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		<-done
+		return fmt.Errorf("%s was killed: %w", argv[0], context.Cause(ctx))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w (its output is in %s)", argv[0], err, log.Name())
+	}
+	return nil
+}
+
+func (l *osLauncher) find(app *config.App) (process, error) {
+	rec, err := loadRecord(l.stateDir, app.Name)
+	if err != nil {
+		return nil, err
+	}
+	if rec != nil {
+		p := &osProcess{rec: *rec, ended: func() { l.forget(app.Name) }}
+		if p.alive() {
+			return p, nil
+		}
+		if rec.Cgroup != "" {
+			cgroup(rec.Cgroup).remove()
+		}
+	}
+	if app.Process.PidFile == "" {
+		return nil, nil
+	}
+	pid, err := readPidFile(app.Process.PidFile)
+	if err != nil || pid == 0 {
+		return nil, err
+	}
+	st, err := readStat(pid)
+	if err != nil || st.gone() {
+		return nil, nil // a stale pid_file
+	}
+	r := record{App: app.Name, PID: pid, StartTime: st.start, BootID: bootID(),
+		OwnSession: st.sid == pid, OwnGroup: st.pgid == pid, Adopted: true}
+	if err := saveRecord(l.stateDir, r); err != nil {
+		return nil, fmt.Errorf("record of %s: %w", app.Name, err)
+	}
+	return &osProcess{rec: r, ended: func() { l.forget(app.Name) }}, nil
+}
+
+// readPidFile gives the process number in the file, 0 when there is none.
+func readPidFile(path string) (int, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("pid_file: %w", err)
+	}
+	text := strings.TrimSpace(string(b))
+	if text == "" {
+		return 0, nil
+	}
+	pid, err := strconv.Atoi(text)
+	if err != nil || pid <= 1 || pid == os.Getpid() {
+		return 0, fmt.Errorf("pid_file %s holds no process number of an application: %.20q", path, text)
+	}
+	return pid, nil
+}
+
+// startIn starts cmd in a network namespace, given by name or path; "" is the
+// agent's own.
+func startIn(namespace string, cmd *exec.Cmd) error {
+	return inNamespace(namespace, cmd.Start)
+}
+
+// namespacePath gives the file of a network namespace (ip-netns(8)).
+func namespacePath(namespace string) string {
+	if strings.Contains(namespace, "/") {
+		return namespace
+	}
+	return "/run/netns/" + namespace
+}
+
+// inNamespace calls f on a thread inside the namespace. The thread ends with
+// the call, so that no other goroutine ever runs there.
+func inNamespace(namespace string, f func() error) error {
+	if namespace == "" {
+		return f()
+	}
+	ns, err := os.Open(namespacePath(namespace))
+	if err != nil {
+		return fmt.Errorf("network namespace %s: %w", namespace, err)
+	}
+	defer ns.Close()
+	result := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread is thrown away
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			result <- fmt.Errorf("network namespace %s: %w", namespace, err)
+			return
+		}
+		result <- f()
+	}()
+	return <-result
+}
+
+func randomHex(n int) string {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails (crypto/rand)
+	return hex.EncodeToString(b)
+}

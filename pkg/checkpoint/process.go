@@ -1,0 +1,215 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// process is one running application: all its processes together.
+type process interface {
+	// alive tells whether any of its processes runs.
+	alive() bool
+	// describe names it for logs and errors.
+	describe() string
+	// freeze stops all its processes; on an error none is left stopped.
+	freeze(ctx context.Context) error
+	// thaw lets them run on.
+	thaw() error
+	// stop sends the signal to all, lets frozen ones run on where the signal
+	// needs it, and returns when the last has ended. After timeout they are
+	// killed.
+	stop(sig unix.Signal, timeout time.Duration) error
+}
+
+const (
+	// freezeTimeout bounds the wait for processes to stand still.
+	freezeTimeout = 5 * time.Second
+	// killTimeout bounds the wait for killed processes to be gone.
+	killTimeout = 10 * time.Second
+	// reapTimeout bounds the wait for the status of a child that has ended.
+	reapTimeout = 100 * time.Millisecond
+)
+
+// osProcess is a process of this machine, found again by its record.
+type osProcess struct {
+	rec   record
+	child chan struct{} // closed when our child was reaped; nil when it is not our child
+	// ended is called once when stop has seen the last process end.
+	ended func()
+
+	mu     sync.Mutex
+	exit   string // how the child ended
+	frozen bool
+}
+
+func (p *osProcess) describe() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.exit != "" {
+		return fmt.Sprintf("process %d (%s)", p.rec.PID, p.exit)
+	}
+	return fmt.Sprintf("process %d", p.rec.PID)
+}
+
+func (p *osProcess) members() ([]procStat, error) {
+	if p.rec.Cgroup != "" {
+		return cgroup(p.rec.Cgroup).members(), nil
+	}
+	all, err := listStats()
+	if err != nil {
+		return nil, err
+	}
+	return p.rec.tree().members(all, os.Getpid()), nil
+}
+
+func (p *osProcess) alive() bool {
+	if p.rec.Cgroup == "" {
+		if s, err := readStat(p.rec.PID); err == nil && s.start == p.rec.StartTime && !s.gone() {
+			return true
+		}
+	}
+	if m, err := p.members(); err == nil && len(m) > 0 {
+		return true
+	}
+	if p.child != nil {
+		// About to be reaped: describe tells how it ended then.
+		select {
+		case <-p.child:
+		case <-time.After(reapTimeout):
+		}
+	}
+	return false
+}
+
+func (p *osProcess) freeze(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, freezeTimeout,
+		fmt.Errorf("not all of it stood still within %s", freezeTimeout))
+	defer cancel()
+	p.setFrozen(true)
+	var err error
+	if p.rec.Cgroup != "" {
+		err = cgroup(p.rec.Cgroup).freeze(ctx)
+	} else {
+		err = p.stopTree(ctx)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("stop %s: %w", p.describe(), err), p.thaw())
+	}
+	return nil
+}
+
+// stopTree sends SIGSTOP to every member until a look finds no new one and all
+// threads stand still: what was forked between look and signal is found then.
+func (p *osProcess) stopTree(ctx context.Context) error {
+	told := map[int]uint64{}
+	return poll(ctx, pollFirst, pollMost, func() (bool, error) {
+		m, err := p.members()
+		if err != nil {
+			return false, err
+		}
+		stable := true
+		for _, s := range m {
+			if told[s.pid] != s.start {
+				if err := signalExactly(s, unix.SIGSTOP); err != nil {
+					return false, err
+				}
+				told[s.pid], stable = s.start, false
+			}
+		}
+		for _, s := range m {
+			stable = stable && tasksStopped(s.pid)
+		}
+		return stable, nil
+	})
+}
+
+func (p *osProcess) thaw() error {
+	p.setFrozen(false)
+	if p.rec.Cgroup != "" {
+		return cgroup(p.rec.Cgroup).thaw()
+	}
+	return p.signal(unix.SIGCONT)
+}
+
+func (p *osProcess) setFrozen(v bool) {
+	p.mu.Lock()
+	p.frozen = v
+	p.mu.Unlock()
+}
+
+func (p *osProcess) signal(sig unix.Signal) error {
+	m, err := p.members()
+	for _, s := range m {
+		err = errors.Join(err, signalExactly(s, sig))
+	}
+	return err
+}
+
+func (p *osProcess) stop(sig unix.Signal, timeout time.Duration) error {
+	err := p.signal(sig)
+	p.mu.Lock()
+	frozen := p.frozen
+	p.mu.Unlock()
+	if frozen && sig != unix.SIGKILL {
+		err = errors.Join(err, p.thaw())
+	}
+	if sig != unix.SIGKILL && p.waitGone(timeout, 0) == nil {
+		p.finished()
+		return nil
+	}
+	// Killed again at every look: a member may fork between look and signal.
+	if werr := p.waitGone(killTimeout, unix.SIGKILL); werr != nil {
+		return errors.Join(fmt.Errorf("%s does not end even when killed: %w", p.describe(), werr), err)
+	}
+	p.finished()
+	return nil
+}
+
+func (p *osProcess) finished() {
+	p.setFrozen(false)
+	if p.rec.Cgroup != "" {
+		cgroup(p.rec.Cgroup).remove()
+	}
+	if p.ended != nil {
+		p.ended()
+	}
+}
+
+// waitGone waits until no member is left and our child is reaped; a signal
+// other than 0 is sent to those still there.
+func (p *osProcess) waitGone(timeout time.Duration, sig unix.Signal) error {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), timeout,
+		fmt.Errorf("still there after %s", timeout))
+	defer cancel()
+	err := poll(ctx, pollFirst, pollMost, func() (bool, error) {
+		m, err := p.members()
+		if err != nil {
+			return false, err
+		}
+		if sig != 0 {
+			for _, s := range m {
+				if err := signalExactly(s, sig); err != nil {
+					return false, err
+				}
+			}
+		}
+		return len(m) == 0, nil
+	})
+	if err != nil {
+		return err
+	}
+	if p.child != nil {
+		select {
+		case <-p.child:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,116 @@
+package checkpoint
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// record is what a restarted agent needs to find an application's processes
+// again: state_dir/agent/APP.json.
+type record struct {
+	App        string `json:"app"`
+	PID        int    `json:"pid"`
+	StartTime  uint64 `json:"start_time"` // clock ticks since boot, proc_pid_stat(5) field 22
+	BootID     string `json:"boot_id"`
+	Cgroup     string `json:"cgroup,omitempty"`
+	OwnSession bool   `json:"own_session"`
+	OwnGroup   bool   `json:"own_group"`
+	Adopted    bool   `json:"adopted"`
+}
+
+func (r record) tree() tree {
+	return tree{pid: r.PID, start: r.StartTime, session: r.OwnSession, group: r.OwnGroup}
+}
+
+// bootID tells this boot from every other: process numbers and start times
+// mean nothing in the next.
+func bootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}
+
+func recordPath(stateDir, app string) string {
+	return filepath.Join(stateDir, "agent", app+".json")
+}
+
+// loadRecord reads an application's record; nil when there is none of this
+// boot.
+func loadRecord(stateDir, app string) (*record, error) {
+	path := recordPath(stateDir, app)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var r record
+	if err := json.Unmarshal(b, &r); err != nil {
+		return nil, fmt.Errorf("%s is damaged (%w); remove it once the application's process is known to be gone", path, err)
+	}
+	if r.App != app || r.PID <= 1 {
+		return nil, fmt.Errorf("%s is not a record of %s; remove it once the application's process is known to be gone", path, app)
+	}
+	if r.BootID != bootID() {
+		return nil, nil
+	}
+	return &r, nil
+}
+
+func saveRecord(stateDir string, r record) error {
+	path := recordPath(stateDir, r.App)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	return writeAtomic(path, append(b, '\n'), 0o600)
+}
+
+func removeRecord(stateDir, app string) error {
+	err := os.Remove(recordPath(stateDir, app))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// writeAtomic replaces a file as a whole and durably.
+func writeAtomic(path string, b []byte, mode os.FileMode) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // gone already when all went well
+	if err := errors.Join(writeAndSync(f, b, mode), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func writeAndSync(f *os.File, b []byte, mode os.FileMode) error {
+	if err := f.Chmod(mode); err != nil {
+		return err
+	}
+	if _, err := f.Write(b); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

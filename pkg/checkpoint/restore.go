@@ -1,0 +1,284 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+)
+
+// restoreRun is one restore with the restart engine.
+type restoreRun struct {
+	a     *agent
+	op    *operation
+	app   *config.App
+	id    string
+	socks sockets
+	proc  process
+}
+
+// restore brings an application back, and its connections with it.
+func (a *agent) restore(ctx context.Context, name, id string) (reply *pb.AgentReply, err error) {
+	app, err := a.app(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(supported(opRestore, app), a.trusted(app)); err != nil {
+		return nil, err
+	}
+	op, err := a.begin(ctx, name, opRestore)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { a.finish(op, err) }()
+	op.enter("look")
+	st, err := a.status(op.ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if id != "" && st.SnapshotId != "" && id != st.SnapshotId {
+		return nil, refused(opRestore, name, st.State, fmt.Sprintf("the current snapshot is %s and not %s", st.SnapshotId, id))
+	}
+	switch st.State {
+	case control.StateRestored:
+		return &pb.AgentReply{App: name, State: st.State}, nil
+	case control.StateSnapshotDone:
+	default:
+		return nil, refused(opRestore, name, st.State, "it is allowed in SNAPSHOTDONE")
+	}
+	s, err := a.openSockets(app.Process.Namespace)
+	if err != nil {
+		return nil, failed(opRestore, name, st.State, err)
+	}
+	defer s.Close()
+	r := &restoreRun{a: a, op: op, app: app, id: st.SnapshotId, socks: s}
+	if err := r.run(); err != nil {
+		return nil, r.rollBack(err)
+	}
+	return &pb.AgentReply{App: name, State: control.StateRestored}, nil
+}
+
+func (r *restoreRun) run() error {
+	for _, step := range []func() error{r.announce, r.clear, r.launch, r.reconnect, r.open} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rollBack ends what was started; the clients stay held.
+func (r *restoreRun) rollBack(cause error) error {
+	r.op.enter("undo")
+	ctx, cancel := r.op.cleanup()
+	defer cancel()
+	var err error
+	if r.proc != nil {
+		err = r.proc.stop(unix.SIGKILL, 0)
+		r.a.setProcess(r.app.Name, nil)
+	}
+	state := ""
+	st, serr := r.a.status(ctx, r.app.Name)
+	if serr == nil {
+		state = st.State
+		if state == control.StateRestoreStart {
+			var reply *connect.Response[pb.AppReply]
+			reply, serr = r.a.filter.RestoreAbort(ctx, connect.NewRequest(&pb.AppRequest{App: r.app.Name}))
+			if serr = filterError(serr, r.app.Name, control.RequestRestoreAbort); serr == nil {
+				state = reply.Msg.State
+			}
+		}
+	}
+	if err = errors.Join(err, serr); err != nil {
+		return failed(opRestore, r.app.Name, state, noted(cause, "; and it could not be undone: "+err.Error()))
+	}
+	return failed(opRestore, r.app.Name, state, noted(cause, "; its connections stay held"))
+}
+
+func (r *restoreRun) announce() error {
+	r.op.enter("announce")
+	_, err := r.a.filter.RestoreStart(r.op.ctx, connect.NewRequest(&pb.RestoreStartRequest{
+		App: r.app.Name, Ip: r.app.VIPs[0].String(), SnapshotId: r.id}))
+	return filterError(err, r.app.Name, control.RequestRestoreStart)
+}
+
+// clear removes the old sockets: they would swallow the handshakes and keep
+// the application from binding its port. The filter absorbs what they send.
+func (r *restoreRun) clear() error {
+	r.op.enter("clear")
+	info, err := r.a.connInfo(r.op.ctx, r.app.Name)
+	if err != nil {
+		return err
+	}
+	held := make(map[string]bool, len(info.Conns))
+	for _, c := range info.Conns {
+		held[pairName(c.Local, c.Remote)] = true
+	}
+	f := r.a.config().Cluster.Filter
+	include, exclude := ports(r.app.IncludePorts, f.IncludePorts), ports(r.app.ExcludePorts, f.ExcludePorts)
+	old, err := r.socks.List(sockdiag.Query{Local: r.app.VIPs})
+	if err != nil {
+		return err
+	}
+	for _, k := range old {
+		port := uint32(k.Local.Port())
+		ours := (len(include) == 0 || slices.Contains(include, port)) && !slices.Contains(exclude, port)
+		if !ours && !held[pairName(k.Local.String(), k.Remote.String())] {
+			continue
+		}
+		if err := r.socks.Destroy(k); err != nil {
+			return fmt.Errorf("old socket %s: %w", k, err)
+		}
+	}
+	return r.activate(info)
+}
+
+// activate marks connections that local had opened: the application opens them
+// again as soon as it runs.
+func (r *restoreRun) activate(info *pb.ConnInfoReply) error {
+	var ids []*pb.ConnID
+	for _, c := range info.Conns {
+		if c.Restorable && c.Role == control.RoleActive {
+			ids = append(ids, &pb.ConnID{Local: c.Local, Remote: c.Remote})
+		}
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	return r.restoreConn(ids, control.KindActivate)
+}
+
+func (r *restoreRun) restoreConn(ids []*pb.ConnID, kind string) error {
+	_, err := r.a.filter.RestoreConn(r.op.ctx, connect.NewRequest(&pb.RestoreConnRequest{
+		App: r.app.Name, Conns: ids, Kind: kind}))
+	return filterError(err, r.app.Name, control.RequestRestoreConn)
+}
+
+func (r *restoreRun) launch() (err error) {
+	r.proc, err = r.a.startProcess(r.op, r.app, r.socks)
+	return err
+}
+
+// reconnect brings the connections back by handshakes, no more at once than
+// the listeners' queues take.
+func (r *restoreRun) reconnect() error {
+	r.op.enter("reconnect")
+	ready := r.app.Process.ReadyTimeout.Std()
+	late := errors.New("ready_timeout")
+	ctx, cancel := context.WithTimeoutCause(r.op.ctx, ready, late)
+	defer cancel()
+	p := newPacer(time.Now)
+	err := poll(ctx, pacePollFirst, pacePollMost, func() (bool, error) { return r.pace(p) })
+	if !errors.Is(err, late) {
+		return err
+	}
+	missing := p.unfinished()
+	return control.Error(connect.CodeFailedPrecondition, r.app.Name, "",
+		fmt.Sprintf("%d connections were not re-established within ready_timeout (%s): %s",
+			len(missing), ready, named(missing)), missing...)
+}
+
+// pace takes one look and starts what has room; true when nothing is left.
+func (r *restoreRun) pace(p *pacer) (bool, error) {
+	// The filter first: a handshake that it calls done shows as a socket then.
+	info, err := r.a.connInfo(r.op.ctx, r.app.Name)
+	if err != nil {
+		return false, err
+	}
+	socks, err := r.socks.List(sockdiag.Query{Local: r.app.VIPs})
+	if err != nil {
+		return false, err
+	}
+	p.observe(info.Conns, socks)
+	r.op.note("%d of %d connections re-established", p.done, p.done+len(p.left))
+	if len(p.left) == 0 {
+		return true, nil
+	}
+	if !r.proc.alive() {
+		return false, fmt.Errorf("%s ended while connections came back; its output is in %s", r.proc.describe(), r.a.launch.logPath(r.app))
+	}
+	ls, err := r.socks.Listeners(r.app.VIPs, p.ports())
+	if err != nil {
+		return false, err
+	}
+	batch := p.next(ls)
+	if len(batch) == 0 {
+		return false, nil
+	}
+	return false, r.restoreConn(batch, control.KindSyn)
+}
+
+// open lets all traffic through again. It is not taken back: what was done is
+// told to clients at once.
+func (r *restoreRun) open() error {
+	r.op.enter("open")
+	if err := r.op.commit(); err != nil {
+		return err
+	}
+	ctx, cancel := r.op.cleanup()
+	defer cancel()
+	_, err := r.a.filter.Restored(ctx, connect.NewRequest(&pb.RestoredRequest{App: r.app.Name}))
+	return filterError(err, r.app.Name, control.RequestRestored)
+}
+
+// requested takes a restore request for a VIP: accepted, not done.
+func (a *agent) requested(vip netip.Addr) error {
+	for name, app := range a.config().Apps {
+		if !slices.ContainsFunc(app.VIPs, func(v netip.Addr) bool { return v.Unmap() == vip.Unmap() }) {
+			continue
+		}
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if a.root.Err() != nil {
+			return errStopping
+		}
+		switch o := a.ops[name]; {
+		case a.wanted[name], o != nil && o.name == opRestore:
+		case o != nil:
+			a.wanted[name] = true
+		default:
+			a.wanted[name] = true
+			a.restoreSoon(name)
+		}
+		return nil
+	}
+	return fmt.Errorf("no application here has the VIP %s", vip)
+}
+
+// restoreSoon restores in the background; finish of the restore clears what
+// was wanted. Called while the agent is known to run.
+func (a *agent) restoreSoon(name string) {
+	a.wg.Go(func() {
+		_, err := a.restore(a.root, name, "")
+		a.mu.Lock()
+		if a.ops[name] == nil {
+			delete(a.wanted, name)
+		}
+		a.mu.Unlock()
+		if err != nil {
+			a.log.Warn("restore by request failed", "app", name, "err", err)
+		}
+	})
+}
+
+// listenersFor picks the listeners that take connections to an address.
+func listenersFor(ls []sockdiag.Socket, local netip.Addr, port uint16) []sockdiag.Socket {
+	var out []sockdiag.Socket
+	for _, l := range ls {
+		a := l.Local.Addr()
+		if l.Local.Port() == port && (a == local || a.IsUnspecified() && (a.Is6() && !l.V6Only || a.Is4() == local.Is4())) {
+			out = append(out, l)
+		}
+	}
+	return out
+}

@@ -1,0 +1,387 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+)
+
+const (
+	// drainPollFirst and drainPollMost are the waits between two accounts.
+	drainPollFirst = 2 * time.Millisecond
+	drainPollMost  = 20 * time.Millisecond
+	// beforeTimeout bounds the command that runs before the stop; a save of
+	// a large data set takes minutes.
+	beforeTimeout = 10 * time.Minute
+	// maxNamed is how many connections a message names; the error's detail
+	// and the reply hold all.
+	maxNamed = 5
+)
+
+// snapshotRun is one snapshot with the restart engine.
+type snapshotRun struct {
+	a       *agent
+	op      *operation
+	app     *config.App
+	proc    process
+	socks   sockets
+	scope   *scope
+	force   bool
+	drain   time.Duration
+	leftOut map[string]bool // connections that the filter could not learn
+	forced  []string        // what is missing of which connection
+	pending *pendingSnapshot
+}
+
+// snapshot takes an application off its node while its clients stay connected.
+func (a *agent) snapshot(ctx context.Context, req *pb.AgentSnapshotRequest) (reply *pb.AgentSnapshotReply, err error) {
+	app, err := a.app(req.App)
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(supported(opSnapshot, app), a.trusted(app)); err != nil {
+		return nil, err
+	}
+	op, err := a.begin(ctx, app.Name, opSnapshot)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { a.finish(op, err) }()
+	op.enter("look")
+	st, err := a.status(op.ctx, app.Name)
+	if err != nil {
+		return nil, err
+	}
+	switch st.State {
+	case control.StateConnected, control.StateRestored:
+	case control.StateSnapshotDone:
+		return &pb.AgentSnapshotReply{App: app.Name, SnapshotId: st.SnapshotId}, nil
+	default:
+		return nil, refused(opSnapshot, app.Name, st.State, "it is allowed in CONNECTED and RESTORED")
+	}
+	proc, err := a.processOf(app)
+	if err == nil && proc == nil {
+		err = errors.New("its process is not running; start it first")
+	}
+	if err != nil {
+		return nil, failed(opSnapshot, app.Name, st.State, err)
+	}
+	s, err := a.openSockets(app.Process.Namespace)
+	if err != nil {
+		return nil, failed(opSnapshot, app.Name, st.State, err)
+	}
+	defer s.Close()
+	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, force: req.Force,
+		drain: app.Checkpoint.DrainTimeout.Std(), leftOut: map[string]bool{}}
+	if req.DrainTimeoutMs > 0 {
+		r.drain = time.Duration(req.DrainTimeoutMs) * time.Millisecond
+	}
+	return r.run()
+}
+
+// run goes through the steps. Up to the seal everything can be taken back.
+func (r *snapshotRun) run() (*pb.AgentSnapshotReply, error) {
+	for _, step := range []func() error{r.announce, r.freeze, r.settle, r.prepare, r.seal} {
+		err := step()
+		if err == nil {
+			err = context.Cause(r.op.ctx)
+			if _, _, sealed := r.op.state(); sealed {
+				err = nil
+			}
+		}
+		if err != nil {
+			return nil, r.rollBack(err)
+		}
+	}
+	return r.complete()
+}
+
+// rollBack lets the application run on: first its processes, then its clients.
+func (r *snapshotRun) rollBack(cause error) error {
+	r.op.enter("undo")
+	if r.pending != nil {
+		r.pending.discard()
+	}
+	err := r.proc.thaw()
+	ctx, cancel := r.op.cleanup()
+	defer cancel()
+	state := ""
+	st, serr := r.a.status(ctx, r.app.Name)
+	if serr == nil {
+		state = st.State
+		if state == control.StateSnapshotStart || state == control.StateSnapshotFreeze {
+			var reply *connect.Response[pb.AppReply]
+			reply, serr = r.a.filter.SnapshotAbort(ctx, connect.NewRequest(&pb.AppRequest{App: r.app.Name}))
+			if serr = filterError(serr, r.app.Name, control.RequestSnapshotAbort); serr == nil {
+				state = reply.Msg.State
+			}
+		}
+	}
+	if err = errors.Join(err, serr); err != nil {
+		// Both are told: the reason, and what was not taken back.
+		r.a.log.Error("snapshot not undone", "app", r.app.Name, "err", err)
+		return failed(opSnapshot, r.app.Name, state, noted(cause, "; and it could not be undone: "+err.Error()))
+	}
+	return failed(opSnapshot, r.app.Name, state, noted(cause, "; it was given up and the application runs on"))
+}
+
+// notedError adds a remark to an error and keeps what it wraps.
+type notedError struct {
+	error
+	remark string
+}
+
+func noted(err error, remark string) error { return notedError{err, remark} }
+
+func (e notedError) Unwrap() error { return e.error }
+func (e notedError) Error() string { return e.error.Error() + e.remark }
+
+// announce finds the sockets and tells the filter, which then learns every
+// connection.
+func (r *snapshotRun) announce() error {
+	r.op.enter("announce")
+	ls, err := r.socks.Listeners(r.app.VIPs, nil)
+	if err != nil {
+		return err
+	}
+	if r.scope, err = r.a.newScope(r.app, ls); err != nil {
+		return err
+	}
+	all, err := r.socks.List(sockdiag.Query{Local: r.app.VIPs, Info: true})
+	if err != nil {
+		return err
+	}
+	req := &pb.SnapshotStartRequest{App: r.app.Name, LeaveOut: r.force}
+	for _, l := range ls {
+		p := uint32(l.Local.Port())
+		if (len(r.scope.include) == 0 || slices.Contains(r.scope.include, p)) && !slices.Contains(r.scope.exclude, p) {
+			req.ListenPorts = append(req.ListenPorts, p)
+		}
+	}
+	slices.Sort(req.ListenPorts)
+	req.ListenPorts = slices.Compact(req.ListenPorts)
+	sameHost := 0
+	for _, k := range all {
+		switch {
+		case r.scope.sameHost(k):
+			// Its two ends are both here: seen from the VIP each shows up.
+			sameHost++
+			r.a.log.Warn("connection within this node is not kept", "app", r.app.Name, "socket", k.String())
+		case k.State == sockdiag.TimeWait: // both sides are done with it
+		case r.scope.wants(k):
+			req.Sockets = append(req.Sockets, socketMessage(k, r.scope.passive(k)))
+		}
+	}
+	r.op.note("%d connections, %d within this node are not kept", len(req.Sockets), sameHost)
+	reply, err := r.a.filter.SnapshotStart(r.op.ctx, connect.NewRequest(req))
+	if err != nil {
+		return filterError(err, r.app.Name, control.RequestSnapshotStart)
+	}
+	for _, u := range reply.Msg.Unlearned {
+		name, reason, _ := strings.Cut(u, ": ")
+		r.leftOut[name] = true
+		r.forced = append(r.forced, name+": left out, "+reason)
+	}
+	return nil
+}
+
+func (r *snapshotRun) freeze() error {
+	r.op.enter("freeze")
+	c := r.app.Checkpoint
+	_, err := r.a.filter.SnapshotFreeze(r.op.ctx, connect.NewRequest(&pb.SnapshotFreezeRequest{
+		App: r.app.Name, Boundary: c.Boundary, QuietMs: c.Quiet.Std().Milliseconds()}))
+	return filterError(err, r.app.Name, control.RequestSnapshotFreeze)
+}
+
+// settle drains until everything is accounted for with the application
+// stopped: what the last command or the stop itself let move, moves on.
+func (r *snapshotRun) settle() error {
+	leftOut := slices.Clone(r.forced)
+	deadline := time.Now().Add(r.drain)
+	for {
+		missing, err := r.drained(deadline)
+		if err != nil {
+			return err
+		}
+		began := time.Now()
+		if err := r.before(); err != nil {
+			return err
+		}
+		deadline = deadline.Add(time.Since(began))
+		r.op.enter("stop")
+		if err := r.proc.freeze(r.op.ctx); err != nil {
+			return err
+		}
+		r.op.enter("account")
+		late := len(missing) > 0 // only with force
+		missing, err = r.look(r.op.ctx)
+		if err != nil {
+			return err
+		}
+		if len(missing) == 0 || late {
+			r.forced = append(leftOut, missing...)
+			return nil
+		}
+		if err := r.proc.thaw(); err != nil {
+			return err
+		}
+	}
+}
+
+// drained waits until everything is accounted for; with force it gives what is
+// missing when the time is over.
+func (r *snapshotRun) drained(deadline time.Time) ([]string, error) {
+	r.op.enter("drain")
+	late := errors.New("drain time-out")
+	ctx, cancel := context.WithDeadlineCause(r.op.ctx, deadline, late)
+	defer cancel()
+	var missing []string
+	err := poll(ctx, drainPollFirst, drainPollMost, func() (bool, error) {
+		if !r.proc.alive() {
+			return false, fmt.Errorf("%s is gone, it ended during the snapshot", r.proc.describe())
+		}
+		m, err := r.look(r.op.ctx)
+		if err != nil {
+			return false, err
+		}
+		missing = m
+		r.op.note("%d connections not accounted for", len(m))
+		return len(m) == 0, nil
+	})
+	if !errors.Is(err, late) {
+		return nil, err
+	}
+	if r.force {
+		return missing, nil
+	}
+	return nil, control.Error(connect.CodeFailedPrecondition, r.app.Name, "",
+		fmt.Sprintf("%d connections are not accounted for within drain_timeout (%s): %s; wait for quieter times, raise it, or use --force",
+			len(missing), r.drain, named(missing)), missing...)
+}
+
+// named shortens a list for a message.
+func named(list []string) string {
+	if len(list) > maxNamed {
+		return strings.Join(list[:maxNamed], "; ") + fmt.Sprintf("; and %d more", len(list)-maxNamed)
+	}
+	return strings.Join(list, "; ")
+}
+
+func (r *snapshotRun) before() error {
+	argv := r.app.Checkpoint.Before
+	if len(argv) == 0 {
+		return nil
+	}
+	r.op.enter("before")
+	r.op.note("%s", strings.Join(argv, " "))
+	ctx, cancel := context.WithTimeoutCause(r.op.ctx, beforeTimeout, fmt.Errorf("it took longer than %s", beforeTimeout))
+	defer cancel()
+	if err := r.a.launch.run(ctx, r.app, argv); err != nil {
+		return fmt.Errorf("checkpoint.before: %w", err)
+	}
+	return nil
+}
+
+// prepare puts the snapshot on disk as far as it is known, while a full disk
+// can still be answered by running on.
+func (r *snapshotRun) prepare() error {
+	r.op.enter("prepare")
+	conns, err := r.a.connInfo(r.op.ctx, r.app.Name)
+	if err != nil {
+		return err
+	}
+	node, now := r.a.config().Node, time.Now().UTC()
+	m := Manifest{App: r.app.Name, ID: newSnapshotID(now), Node: node.Name, Time: now, Engine: config.EngineRestart}
+	if node.Address.IsValid() {
+		m.NodeAddress = node.Address.String()
+	}
+	r.pending, err = r.a.store.begin(m, conns)
+	return err
+}
+
+// seal is the point of no return: from here nothing of local reaches remotes.
+func (r *snapshotRun) seal() error {
+	r.op.enter("seal")
+	if err := r.op.commit(); err != nil {
+		return err
+	}
+	ctx, cancel := r.op.cleanup()
+	defer cancel()
+	_, err := r.a.filter.Seal(ctx, connect.NewRequest(&pb.SealRequest{App: r.app.Name}))
+	return filterError(err, r.app.Name, control.RequestSeal)
+}
+
+// complete ends the application and hands its connections to the filter. It
+// goes on to the end: clients must be held even where a step fails.
+func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
+	r.op.enter("kill")
+	err := r.proc.stop(stopSignal(r.app), r.app.Process.StopTimeout.Std())
+	if err == nil {
+		r.a.setProcess(r.app.Name, nil)
+	} else {
+		err = errors.Join(err, r.proc.stop(unix.SIGKILL, 0))
+	}
+	ctx, cancel := r.op.cleanup()
+	defer cancel()
+	r.op.enter("store")
+	id := r.pending.manifest.ID
+	conns, serr := r.a.connInfo(ctx, r.app.Name)
+	if serr == nil {
+		serr = r.pending.commit(conns)
+	}
+	if serr != nil {
+		err = errors.Join(err, fmt.Errorf("the snapshot is not stored: %w", serr))
+		r.pending.discard()
+	}
+	r.op.enter("hold")
+	state, herr := r.hold(ctx, id)
+	if err = errors.Join(err, herr); err != nil {
+		return nil, failed(opSnapshot, r.app.Name, state, err)
+	}
+	if perr := r.a.store.prune(r.app.Name, id); perr != nil {
+		r.a.log.Warn("old snapshots stay", "app", r.app.Name, "err", perr)
+	}
+	for _, f := range r.forced {
+		r.a.log.Warn("forced", "app", r.app.Name, "id", id, "connection", f)
+	}
+	return &pb.AgentSnapshotReply{App: r.app.Name, SnapshotId: id, Forced: r.forced}, nil
+}
+
+// hold makes the filter answer for the application, and gives the state after
+// it. A refusal comes too late for the application, so that the connections
+// are held all the same.
+func (r *snapshotRun) hold(ctx context.Context, id string) (string, error) {
+	req := &pb.SnapshotDoneRequest{App: r.app.Name, SnapshotId: id, Force: r.force}
+	reply, err := r.a.filter.SnapshotDone(ctx, connect.NewRequest(req))
+	if err == nil {
+		for _, n := range reply.Msg.Notes {
+			if !slices.Contains(r.forced, n) {
+				r.forced = append(r.forced, n)
+			}
+		}
+		return reply.Msg.State, nil
+	}
+	first := filterError(err, r.app.Name, control.RequestSnapshotDone)
+	req.Force = true
+	ctx, cancel := r.op.cleanup()
+	defer cancel()
+	if reply, err = r.a.filter.SnapshotDone(ctx, connect.NewRequest(req)); err != nil {
+		second := filterError(err, r.app.Name, control.RequestSnapshotDone)
+		return "", noted(first, fmt.Sprintf(
+			"; the application is stopped and its connections are not held: %v; try ckptctl ioctl SNAPSHOTDONE %s %s --force",
+			second, r.app.Name, id))
+	}
+	return reply.Msg.State, noted(first, fmt.Sprintf(
+		"; the application is stopped and its connections are held under %s, but what they miss may be lost; restore it", id))
+}

@@ -1,0 +1,249 @@
+package checkpoint
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/encoding/protojson"
+
+	nfconnfilterv1 "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+)
+
+const (
+	// manifestVersion is the layout of a snapshot's directory.
+	manifestVersion = 1
+	// keepSnapshots is how many of an application's snapshots are kept.
+	keepSnapshots = 5
+
+	manifestFile    = "manifest.json"
+	connectionsFile = "connections.json"
+)
+
+// Manifest describes one stored snapshot: manifest.json of its directory.
+type Manifest struct {
+	Version     int       `json:"version"` // 1
+	App         string    `json:"app"`
+	ID          string    `json:"id"`
+	Node        string    `json:"node"`
+	NodeAddress string    `json:"node_address"`
+	Time        time.Time `json:"time"` // UTC, RFC 3339
+	Engine      string    `json:"engine"`
+	// Files holds the SHA-256 of every other file, in hexadecimal.
+	Files map[string]string `json:"files"`
+}
+
+// store keeps snapshots below DIR/snapshots.
+type store struct{ dir string }
+
+// newSnapshotID makes an ID that sorts by time; two nodes never make the same.
+func newSnapshotID(now time.Time) string {
+	return now.UTC().Format("20060102T150405Z") + "-" + randomHex(3)
+}
+
+// validSnapshotID guards paths: an ID comes in with requests.
+func validSnapshotID(id string) bool {
+	stamp, suffix, ok := strings.Cut(id, "-")
+	if !ok || len(suffix) != 6 || strings.Trim(suffix, "0123456789abcdef") != "" {
+		return false
+	}
+	_, err := time.Parse("20060102T150405Z", stamp)
+	return err == nil
+}
+
+// pendingSnapshot is a snapshot being written beside its final place.
+type pendingSnapshot struct {
+	temp, final string
+	manifest    Manifest
+}
+
+// begin makes the directory of a new snapshot and writes what is known, so
+// that a full or read-only disk shows before the application is gone.
+func (s store) begin(m Manifest, conns *nfconnfilterv1.ConnInfoReply) (*pendingSnapshot, error) {
+	app := filepath.Join(s.dir, m.App)
+	if err := os.MkdirAll(app, 0o700); err != nil {
+		return nil, fmt.Errorf("snapshot store: %w", err)
+	}
+	m.Version = manifestVersion
+	p := &pendingSnapshot{final: filepath.Join(app, m.ID), manifest: m}
+	temp, err := os.MkdirTemp(app, ".new-"+m.ID+"-") // mode 0700
+	if err != nil {
+		return nil, fmt.Errorf("snapshot store: %w", err)
+	}
+	p.temp = temp
+	if err := p.write(conns); err != nil {
+		p.discard()
+		return nil, err
+	}
+	return p, nil
+}
+
+// write puts both files down durably.
+func (p *pendingSnapshot) write(conns *nfconnfilterv1.ConnInfoReply) error {
+	b, err := protojson.MarshalOptions{Multiline: true, UseProtoNames: true}.Marshal(conns)
+	if err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
+	}
+	sum := sha256.Sum256(b)
+	p.manifest.Files = map[string]string{connectionsFile: hex.EncodeToString(sum[:])}
+	m, err := json.MarshalIndent(p.manifest, "", "  ")
+	if err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
+	}
+	err = writeAtomic(filepath.Join(p.temp, connectionsFile), b, 0o600)
+	if err == nil {
+		err = writeAtomic(filepath.Join(p.temp, manifestFile), append(m, '\n'), 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
+	}
+	return nil
+}
+
+// commit writes the final connections and gives the snapshot its name: it is
+// there as a whole or not at all.
+func (p *pendingSnapshot) commit(conns *nfconnfilterv1.ConnInfoReply) error {
+	if err := p.write(conns); err != nil {
+		return err
+	}
+	if err := os.Rename(p.temp, p.final); err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
+	}
+	for _, dir := range []string{filepath.Dir(p.final), filepath.Dir(filepath.Dir(p.final))} {
+		if err := syncDir(dir); err != nil {
+			return fmt.Errorf("snapshot store: %w", err)
+		}
+	}
+	return nil
+}
+
+func (p *pendingSnapshot) discard() { _ = os.RemoveAll(p.temp) }
+
+// list gives an application's snapshots, oldest first; "" all applications'.
+// A damaged one is left out of the list and named in the error.
+func (s store) list(app string) ([]Manifest, error) {
+	apps := []string{app}
+	if app == "" {
+		apps = nil
+		entries, err := os.ReadDir(s.dir)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("snapshot store: %w", err)
+		}
+		for _, e := range entries {
+			apps = append(apps, e.Name())
+		}
+	}
+	var out []Manifest
+	var damaged error
+	for _, a := range apps {
+		ids, err := s.ids(a)
+		if err != nil {
+			return nil, err
+		}
+		for _, id := range ids {
+			m, err := s.readManifest(a, id)
+			if err != nil {
+				damaged = errors.Join(damaged, err)
+				continue
+			}
+			out = append(out, *m)
+		}
+	}
+	return out, damaged
+}
+
+// ids lists complete snapshots of one application, oldest first.
+func (s store) ids(app string) ([]string, error) {
+	entries, err := os.ReadDir(filepath.Join(s.dir, app))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("snapshot store: %w", err)
+	}
+	var ids []string
+	for _, e := range entries {
+		if e.IsDir() && validSnapshotID(e.Name()) {
+			ids = append(ids, e.Name())
+		}
+	}
+	slices.Sort(ids)
+	return ids, nil
+}
+
+func (s store) readManifest(app, id string) (*Manifest, error) {
+	path := filepath.Join(s.dir, app, id, manifestFile)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %s of %s: %w", id, app, err)
+	}
+	var m Manifest
+	if err := json.Unmarshal(b, &m); err != nil {
+		return nil, fmt.Errorf("snapshot %s of %s is damaged: %s: %w", id, app, path, err)
+	}
+	if m.Version != manifestVersion {
+		return nil, fmt.Errorf("snapshot %s of %s has version %d, this program reads %d", id, app, m.Version, manifestVersion)
+	}
+	if m.App != app || m.ID != id {
+		return nil, fmt.Errorf("snapshot %s of %s is damaged: %s is of snapshot %s of %s", id, app, path, m.ID, m.App)
+	}
+	return &m, nil
+}
+
+// load reads a snapshot and checks every file against its manifest.
+func (s store) load(app, id string) (*Manifest, *nfconnfilterv1.ConnInfoReply, error) {
+	if !validSnapshotID(id) {
+		return nil, nil, fmt.Errorf("%q is not a snapshot ID", id)
+	}
+	m, err := s.readManifest(app, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	if _, ok := m.Files[connectionsFile]; !ok {
+		return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: its manifest does not name %s", id, app, connectionsFile)
+	}
+	var conns nfconnfilterv1.ConnInfoReply
+	for name, want := range m.Files {
+		if name != filepath.Base(name) || name == ".." || name == "." {
+			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: its manifest names %q", id, app, name)
+		}
+		path := filepath.Join(s.dir, app, id, name)
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: %w", id, app, err)
+		}
+		if sum := sha256.Sum256(b); hex.EncodeToString(sum[:]) != want {
+			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: %s does not have the checksum of the manifest", id, app, path)
+		}
+		if name == connectionsFile {
+			if err := protojson.Unmarshal(b, &conns); err != nil {
+				return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: %s: %w", id, app, path, err)
+			}
+		}
+	}
+	return m, &conns, nil
+}
+
+// prune removes all but the newest snapshots of an application, and what an
+// interrupted snapshot left; the current one always stays.
+func (s store) prune(app, current string) error {
+	ids, err := s.ids(app)
+	if err != nil {
+		return err
+	}
+	for len(ids) > keepSnapshots {
+		if ids[0] != current {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(s.dir, app, ids[0])))
+		}
+		ids = ids[1:]
+	}
+	left, _ := filepath.Glob(filepath.Join(s.dir, app, ".new-*"))
+	for _, dir := range left {
+		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	return err
+}
