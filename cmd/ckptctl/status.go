@@ -1,0 +1,47 @@
+package main
+
+import (
+	"context"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	nfconnfilterv1 "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+)
+
+func (c *cli) statusCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "status [APP]",
+		Short: "Show applications, their states and counts",
+		Long: `status asks the filter for one application or for all: state, current
+snapshot, whether a client has asked for a restore, connections by state, and
+payload bytes in and out. Allowed in any state.
+
+In JSON, vip is text as in the application's file, or a list when there are
+two addresses; connection states without a connection are left out.`,
+		Example: "  ckptctl status\n  ckptctl status redis -o json",
+		Args:    maybeApp,
+		RunE: c.command(func(ctx context.Context, args []string) error {
+			if len(args) == 1 {
+				if _, err := c.appArg(args); err != nil {
+					return err
+				}
+			}
+			return c.withFilter(ctx, func(ctx context.Context, f *control.FilterClient) error {
+				r, err := f.Status(ctx, connect.NewRequest(&nfconnfilterv1.StatusRequest{App: c.app}))
+				if err != nil {
+					return err
+				}
+				if c.app != "" && len(r.Msg.Apps) == 0 {
+					return usagef("application %s is unknown on this node: ckptctl start %s makes it known", c.app, c.app)
+				}
+				s := statusOf(r.Msg)
+				if c.output == "json" {
+					return writeJSON(c.out, s)
+				}
+				return writeTable(c.out, "APP VIP STATE SNAPSHOT RESTORE-REQUESTED CONNECTIONS BYTES-IN BYTES-OUT", s.rows())
+			})
+		}),
+	}
+}

@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/spf13/cobra"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/node"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+)
+
+func runCommand() *cobra.Command {
+	var f files
+	c := &cobra.Command{
+		Use:   "run --shared DIR --node FILE",
+		Short: "Run the filter in the foreground",
+		Long: `Installs the packet rules, opens the packet queue and the control socket, and
+filters until SIGTERM. SIGHUP reads the configuration again; a faulty one
+leaves the old in force. The rules stay when the filter ends: applications that
+run are passed by, those that are away stay silent.
+
+Needs CAP_NET_ADMIN and CAP_NET_RAW.`,
+		Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			started = true
+			return run(&f)
+		},
+	}
+	f.flags(c)
+	return c
+}
+
+func run(f *files) error {
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	cfg, err := f.load()
+	if err != nil {
+		return err
+	}
+	for app, faults := range cfg.AppFaults {
+		log.Error("application disabled by its configuration", "app", app, "faults", faults)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	n, err := node.Open(cfg, log)
+	if err != nil {
+		return err
+	}
+	defer n.Close()
+	l, err := control.Listen(cfg.Node.ControlSocket, cfg.Node.ControlGroup)
+	if err != nil {
+		return err
+	}
+	if w := control.Warning(l); w != "" {
+		log.Warn(w)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		if err := control.Serve(ctx, l, control.FilterHandler(n.Service()), control.AllowGroup(cfg.Node.ControlGroup)); err != nil {
+			cancel(fmt.Errorf("control socket: %w", err))
+		}
+	}()
+	if err := serveMetrics(ctx, cfg, n, log); err != nil {
+		return err
+	}
+	go reloads(ctx, f, n, log)
+	log.Info("filtering", "node", cfg.Node.Name, "queue", cfg.Node.Queue.First, "socket", cfg.Node.ControlSocket)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	err = n.Run(ctx)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
+		err = cause
+	}
+	cancel(nil)
+	<-served
+	log.Info("stopped; rules and sets stay as they are")
+	return err
+}
+
+// reloads reads the configuration again at each SIGHUP.
+func reloads(ctx context.Context, f *files, n *node.Node, log *slog.Logger) {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hup:
+		}
+		cfg, err := f.load()
+		if err != nil {
+			log.Error("the configuration has faults; the old one stays in force", "error", err)
+			continue
+		}
+		for app, faults := range cfg.AppFaults {
+			log.Error("application disabled by its configuration", "app", app, "faults", faults)
+		}
+		n.SetConfig(cfg)
+		log.Info("configuration read again", "generation", cfg.Generation)
+	}
+}
+
+// serveMetrics answers Prometheus where the node's file asks for it.
+func serveMetrics(ctx context.Context, cfg *config.Config, n *node.Node, log *slog.Logger) error {
+	if cfg.Node.MetricsListen == "" {
+		return nil
+	}
+	l, err := net.Listen("tcp", cfg.Node.MetricsListen)
+	if err != nil {
+		return fmt.Errorf("metrics_listen: %w", err)
+	}
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(n.Metrics())
+	mux := http.NewServeMux()
+	mux.Handle("/metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	context.AfterFunc(ctx, func() { _ = srv.Close() })
+	go func() {
+		if err := srv.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
+			log.Error("metrics", "error", err)
+		}
+	}()
+	return nil
+}

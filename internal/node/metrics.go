@@ -1,0 +1,62 @@
+package node
+
+import (
+	"context"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+)
+
+// collector reads the engine's counters when it is scraped.
+type collector struct{ n *Node }
+
+// Metrics is the filter's collector for Prometheus.
+func (n *Node) Metrics() prometheus.Collector { return collector{n} }
+
+var (
+	descVerdicts = prometheus.NewDesc("nfconnfilter_verdicts_total", "Verdicts on queued packets by application and reason.", []string{"app", "reason"}, nil)
+	descConns    = prometheus.NewDesc("nfconnfilter_connections", "Connection structures by application and state.", []string{"app", "state"}, nil)
+	descState    = prometheus.NewDesc("nfconnfilter_app_state", "1 for the state that the application is in.", []string{"app", "state"}, nil)
+	descKept     = prometheus.NewDesc("nfconnfilter_kept_bytes", "Payload kept for applications that are away.", []string{"app"}, nil)
+	descReceived = prometheus.NewDesc("nfconnfilter_queue_packets_total", "Packets received from the queue.", nil, nil)
+	descOverruns = prometheus.NewDesc("nfconnfilter_queue_overruns_total", "Times that the queue's socket buffer overran.", nil, nil)
+	descSent     = prometheus.NewDesc("nfconnfilter_injected_packets_total", "Packets sent by the filter itself.", []string{"result"}, nil)
+)
+
+func (c collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{descVerdicts, descConns, descState, descKept, descReceived, descOverruns, descSent} {
+		ch <- d
+	}
+}
+
+func (c collector) Collect(ch chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	counter := func(d *prometheus.Desc, v float64, l ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, l...)
+	}
+	gauge := func(d *prometheus.Desc, v float64, l ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, l...)
+	}
+	q, i := c.n.queue.Stats(), c.n.inj.Stats()
+	counter(descReceived, float64(q.Received))
+	counter(descOverruns, float64(q.Overruns))
+	counter(descSent, float64(i.Sent), "sent")
+	counter(descSent, float64(i.Failed), "failed")
+	x, err := c.n.do(ctx, &filter.Status{})
+	if err != nil {
+		return
+	}
+	for _, a := range x.([]filter.AppStatus) {
+		for r, v := range a.Reasons {
+			counter(descVerdicts, float64(v), a.Name, r)
+		}
+		for s, v := range a.Connections {
+			gauge(descConns, float64(v), a.Name, s)
+		}
+		gauge(descState, 1, a.Name, a.State.String())
+		gauge(descKept, float64(a.Kept), a.Name)
+	}
+}

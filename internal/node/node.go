@@ -1,0 +1,421 @@
+// Package node drives the verdict engine of one node: it owns the clock and the
+// loop, orders effects and joins the edges. All packets and requests go
+// through one goroutine, so the engine needs no lock.
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/inject"
+	"github.com/nfconnfilter/nfconnfilter/internal/nfq"
+	"github.com/nfconnfilter/nfconnfilter/internal/rules"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+)
+
+// Node is the filter of one node.
+type Node struct {
+	log   *slog.Logger
+	cfg   atomic.Pointer[config.Config]
+	queue *nfq.Queue
+	inj   *inject.Injector
+	rules *rules.Manager
+
+	engine *filter.Engine
+	fx     filter.Effects
+
+	mu      sync.Mutex
+	inbox   []*call
+	states  map[string]string // of applications that are not unknown
+	changed chan struct{}     // closed and replaced when a state changes
+	stopped bool
+
+	calls   map[uint64]*call // of the loop's goroutine
+	nextID  uint64
+	flows   []rules.TCPFlow
+	changes []rules.Change
+	wg      sync.WaitGroup
+}
+
+// call is a request on its way to the engine and back.
+type call struct {
+	body any
+	done chan result
+}
+
+type result struct {
+	body any
+	err  error
+}
+
+// errStopping answers requests that come while the filter ends.
+var errStopping = errors.New("the filter is stopping")
+
+// Open installs the rules and opens the queue and the raw sockets, in the
+// calling thread's network namespace. Errors name what is missing.
+func Open(cfg *config.Config, log *slog.Logger) (*Node, error) {
+	q := cfg.Node.Queue
+	var seed [8]byte
+	if _, err := rand.Read(seed[:]); err != nil {
+		return nil, err
+	}
+	n := &Node{log: log, states: map[string]string{}, changed: make(chan struct{}), calls: map[uint64]*call{}}
+	n.cfg.Store(cfg)
+	n.engine = filter.New(filter.Config{MaxConns: int(q.MaxConnections), Seed: binary.LittleEndian.Uint64(seed[:])})
+	var err error
+	if n.queue, err = nfq.Open(nfq.Config{Queue: q.First, RecvBuf: 64 << 20}); err != nil {
+		return nil, err
+	}
+	mark := q.Mark
+	if n.inj, err = inject.Open(inject.Config{Mark: mark | rules.MarkNoTrack, TrackedMark: mark | rules.MarkTracked}); err != nil {
+		n.Close()
+		return nil, err
+	}
+	// The queue is open before any rule sends packets into it.
+	if n.rules, err = rules.Install(RulesConfig(cfg)); err != nil {
+		n.Close()
+		return nil, err
+	}
+	if err := n.rules.IPv6(); err != nil {
+		log.Info("no IPv6 rules on this node", "reason", err)
+	}
+	if err := n.takeUp(); err != nil {
+		n.Close()
+		return nil, err
+	}
+	return n, nil
+}
+
+// RulesConfig is the part of the configuration that the packet rules need.
+func RulesConfig(cfg *config.Config) rules.Config {
+	q := cfg.Node.Queue
+	return rules.Config{Queue: q.First, Count: int(q.Count), Mark: q.Mark, Mask: q.MarkMask,
+		MaxElem: uint32(q.MaxConnections), LockDir: cfg.Node.StateDir}
+}
+
+// takeUp looks at what an earlier filter left in the sets. An application that
+// ran is registered again. Of one that was away the structures are gone: its
+// VIP stays blocked, so that nobody answers its remotes with RST, until the
+// operator decides.
+func (n *Node) takeUp() error {
+	away, err := n.rules.List(rules.Away)
+	if err != nil {
+		return err
+	}
+	vips, err := n.rules.List(rules.VIP)
+	if err != nil {
+		return err
+	}
+	if err := n.rules.Clear(rules.Flow, rules.Full); err != nil {
+		return err
+	}
+	blocked := map[netip.Addr]bool{}
+	for _, c := range away {
+		blocked[c.IP] = true
+		n.engine.Block(c.IP)
+		n.log.Error("an application on this VIP was away when an earlier filter ended; its connections are lost, and its traffic is dropped until 'ckptctl start' brings it up anew or 'nfconnfilter rules --purge' removes the rules", "vip", c.IP)
+	}
+	up := map[netip.Addr]bool{}
+	for _, c := range vips {
+		up[c.IP] = !blocked[c.IP]
+	}
+	cfg := n.cfg.Load()
+	for _, a := range cfg.Apps {
+		if len(a.VIPs) == 0 || !up[a.VIPs[0]] {
+			continue
+		}
+		n.step(filter.Event{Request: &filter.Request{Body: registerApp(cfg, a)}})
+		n.log.Info("taken up from an earlier filter", "app", a.Name)
+	}
+	n.flush()
+	return nil
+}
+
+// registerApp is the REGISTER request for application a.
+func registerApp(cfg *config.Config, a *config.App) *filter.Register {
+	f := cfg.Cluster.Filter
+	return &filter.Register{
+		App: a.Name, VIPs: a.VIPs, Include: append(append([]uint16(nil), f.IncludePorts...), a.IncludePorts...),
+		Outgoing: a.OutgoingPorts, Exclude: append(append([]uint16(nil), f.ExcludePorts...), a.ExcludePorts...),
+		IncludeAddresses: f.IncludeAddresses, ExcludeAddrs: f.ExcludeAddresses,
+	}
+}
+
+// Close lets go of the edges. Rules and sets stay: an application that runs is
+// passed by, one that is away stays silent.
+func (n *Node) Close() {
+	if n.rules != nil {
+		_ = n.rules.Close()
+	}
+	if n.inj != nil {
+		_ = n.inj.Close()
+	}
+	if n.queue != nil {
+		_ = n.queue.Close()
+	}
+}
+
+// SetConfig makes a configuration that was read again the one in force.
+func (n *Node) SetConfig(cfg *config.Config) {
+	cfg.Generation = n.cfg.Load().Generation + 1
+	n.cfg.Store(cfg)
+}
+
+// now is CLOCK_BOOTTIME in ns: it goes on while the machine is suspended.
+func now() filter.Time {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
+	return ts.Nano()
+}
+
+// Run filters until ctx ends.
+func (n *Node) Run(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, n.queue.Wake)
+	defer stop()
+	defer n.wg.Wait()
+	defer n.stop()
+	pkts := make([]nfq.Packet, 64)
+	var fp filter.Packet
+	for ctx.Err() == nil {
+		n.takeCalls()
+		n.flush()
+		var deadline time.Time
+		if d := n.engine.NextDeadline(); d != 0 {
+			left := d - now()
+			if left <= 0 {
+				n.step(filter.Event{})
+				n.flush()
+				continue
+			}
+			deadline = time.Now().Add(time.Duration(left))
+		}
+		k, err := n.queue.Recv(pkts, deadline)
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("receive from the packet queue: %w", err)
+		}
+		n.batch(pkts[:k], &fp)
+	}
+	return nil
+}
+
+// batch steps through packets that came together. Their verdicts leave
+// together, then what they made us send.
+func (n *Node) batch(pkts []nfq.Packet, fp *filter.Packet) {
+	if len(pkts) == 0 {
+		return
+	}
+	t := now()
+	ev := filter.Event{Packet: fp}
+	for i := range pkts {
+		p := &pkts[i]
+		*fp = filter.Packet{Hook: p.Hook, Info: p.SkbInfo, Truncated: p.Truncated(), Data: p.Payload}
+		n.engine.Step(t, ev, &n.fx)
+		switch n.fx.Verdict {
+		case filter.Accept:
+			n.queue.Accept(p.ID)
+		case filter.Modified:
+			n.queue.AcceptModified(p.ID, n.fx.Out)
+		default:
+			n.queue.Drop(p.ID)
+		}
+		if n.fx.Heavy() {
+			n.flush()
+		}
+	}
+	n.flush()
+}
+
+func (n *Node) step(ev filter.Event) { n.engine.Step(now(), ev, &n.fx) }
+
+// flush does what the engine wants done, in the order of filter.Effects.
+func (n *Node) flush() {
+	fx := &n.fx
+	var failed error
+	if len(fx.Untrack) > 0 && tracking() {
+		n.flows = n.flows[:0]
+		for _, f := range fx.Untrack {
+			n.flows = append(n.flows, rules.TCPFlow{Local: f.Local, Remote: f.Remote})
+		}
+		if _, err := n.rules.DeleteConntrack(n.flows); err != nil {
+			n.log.Warn("connection tracking entries are still there", "error", err)
+		}
+	}
+	if len(fx.Sets) > 0 {
+		n.changes = n.changes[:0]
+		for _, c := range fx.Sets {
+			n.changes = append(n.changes, rules.Change{Set: setOf[c.Set], Add: c.Add, IP: c.IP, Port: c.Port, Peer: c.Peer})
+		}
+		if failed = n.rules.Apply(n.changes); failed != nil {
+			n.log.Error("switching the packet rules failed", "error", failed)
+			failed = fmt.Errorf("switching the packet rules failed: %w", failed)
+		}
+	}
+	if err := n.queue.Flush(); err != nil {
+		n.log.Error("verdicts were refused", "error", err)
+	}
+	if len(fx.Sends) > 0 {
+		for i := range fx.Sends {
+			n.inj.Add(fx.Sends[i].Data, fx.Sends[i].Tracked)
+		}
+		if _, err := n.inj.Flush(); err != nil {
+			n.log.Warn("packets were not sent", "error", err)
+		}
+	}
+	n.tell(failed)
+	fx.Reset()
+}
+
+// tracking tells whether connection tracking has any entry here.
+func tracking() bool {
+	b, err := os.ReadFile("/proc/thread-self/net/stat/nf_conntrack")
+	if err != nil {
+		return !os.IsNotExist(err)
+	}
+	return conntrackEntries(b) != 0
+}
+
+// conntrackEntries reads the number of entries, in hexadecimal the first word
+// of the second line (net/netfilter/nf_conntrack_standalone.c).
+func conntrackEntries(stat []byte) int64 {
+	_, rows, _ := strings.Cut(string(stat), "\n")
+	f := strings.Fields(rows)
+	if len(f) == 0 {
+		return -1
+	}
+	n, err := strconv.ParseInt(f[0], 16, 64)
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
+var setOf = [...]rules.Set{
+	filter.SetVIP: rules.VIP, filter.SetFull: rules.Full, filter.SetAway: rules.Away,
+	filter.SetICMP: rules.ICMP, filter.SetSkip: rules.Skip, filter.SetFlow: rules.Flow,
+}
+
+// tell hands on notes, replies and restore requests.
+func (n *Node) tell(failed error) {
+	fx := &n.fx
+	if len(fx.Notes) > 0 {
+		n.mu.Lock()
+		for _, x := range fx.Notes {
+			if s := x.State.String(); s == "" {
+				delete(n.states, x.App)
+			} else {
+				n.states[x.App] = s
+			}
+		}
+		close(n.changed)
+		n.changed = make(chan struct{})
+		n.mu.Unlock()
+		for _, x := range fx.Notes {
+			n.log.Info(x.Text, "app", x.App, "state", x.State.String())
+		}
+	}
+	for _, r := range fx.Replies {
+		c := n.calls[r.ID]
+		if c == nil {
+			if r.Err != nil {
+				n.log.Error("request failed", "error", r.Err)
+			}
+			continue
+		}
+		delete(n.calls, r.ID)
+		if r.Err == nil {
+			r.Err = failed
+		}
+		c.done <- result{r.Body, r.Err}
+	}
+	for _, r := range fx.Restores {
+		n.wg.Go(func() { n.requestRestore(r) })
+	}
+}
+
+// takeCalls steps through the requests that wait.
+func (n *Node) takeCalls() {
+	n.mu.Lock()
+	in := n.inbox
+	n.inbox = nil
+	n.mu.Unlock()
+	for _, c := range in {
+		n.nextID++
+		n.calls[n.nextID] = c
+		n.step(filter.Event{Request: &filter.Request{ID: n.nextID, Body: c.body}})
+		n.flush()
+	}
+}
+
+func (n *Node) stop() {
+	n.mu.Lock()
+	n.stopped = true
+	in := n.inbox
+	n.inbox = nil
+	n.mu.Unlock()
+	for _, c := range in {
+		c.done <- result{nil, errStopping}
+	}
+	for id, c := range n.calls {
+		delete(n.calls, id)
+		c.done <- result{nil, errStopping}
+	}
+}
+
+// do has the loop carry out one request and waits for its answer.
+func (n *Node) do(ctx context.Context, body any) (any, error) {
+	c := &call{body: body, done: make(chan result, 1)}
+	n.mu.Lock()
+	if n.stopped {
+		n.mu.Unlock()
+		return nil, errStopping
+	}
+	n.inbox = append(n.inbox, c)
+	n.mu.Unlock()
+	n.queue.Wake()
+	select {
+	case r := <-c.done:
+		return r.body, r.err
+	case <-ctx.Done():
+		return nil, ctx.Err() // the request still takes effect; repeating it is safe
+	}
+}
+
+// waitState blocks until the application is in state, or ctx ends.
+func (n *Node) waitState(ctx context.Context, app, state string) error {
+	for {
+		n.mu.Lock()
+		s, ch := n.states[app], n.changed
+		n.mu.Unlock()
+		if s == state {
+			return nil
+		}
+		select {
+		case <-ch:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (n *Node) state(app string) string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.states[app]
+}

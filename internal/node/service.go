@@ -1,0 +1,317 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1/nfconnfilterv1connect"
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+)
+
+// Service answers nfconnfilter.v1.Filter.
+func (n *Node) Service() nfconnfilterv1connect.FilterHandler { return service{n} }
+
+type service struct{ n *Node }
+
+// failure puts an error of the engine into Connect's words.
+func (s service) failure(app string, err error) error {
+	var se *appstate.StateError
+	var fe *filter.Error
+	switch {
+	case errors.As(err, &se):
+		code := connect.CodeFailedPrecondition
+		if se.State == appstate.Unknown {
+			code = connect.CodeNotFound
+		}
+		return control.Error(code, app, se.State.String(), err.Error())
+	case errors.As(err, &fe):
+		return control.Error(connect.CodeFailedPrecondition, app, fe.State.String(), err.Error(), fe.Conns...)
+	case errors.Is(err, filter.ErrInvalid):
+		return control.Error(connect.CodeInvalidArgument, app, s.n.state(app), err.Error())
+	case errors.Is(err, context.DeadlineExceeded):
+		return control.Error(connect.CodeDeadlineExceeded, app, s.n.state(app), "the time-out of the call passed")
+	case errors.Is(err, context.Canceled):
+		return control.Error(connect.CodeCanceled, app, s.n.state(app), "the caller went away")
+	case errors.Is(err, errStopping):
+		return control.Error(connect.CodeUnavailable, app, s.n.state(app), err.Error())
+	}
+	return control.Error(connect.CodeInternal, app, s.n.state(app), err.Error())
+}
+
+// change carries out a request whose answer is the application's state.
+func (s service) change(ctx context.Context, app string, body any) (*connect.Response[pb.AppReply], error) {
+	r, err := s.n.do(ctx, body)
+	if err != nil {
+		return nil, s.failure(app, err)
+	}
+	res := r.(*filter.Result)
+	return connect.NewResponse(&pb.AppReply{App: app, State: res.State.String(), SnapshotId: res.SnapshotID, Notes: res.Notes}), nil
+}
+
+func (s service) Register(ctx context.Context, r *connect.Request[pb.RegisterRequest]) (*connect.Response[pb.AppReply], error) {
+	m := r.Msg
+	b := &filter.Register{App: m.App}
+	bad := func(what string, err error) error {
+		return control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), fmt.Sprintf("REGISTER: %s: %v", what, err))
+	}
+	for _, v := range m.Vips {
+		a, err := netip.ParseAddr(v)
+		if err != nil {
+			return nil, bad("vip", err)
+		}
+		b.VIPs = append(b.VIPs, a.Unmap())
+	}
+	var err error
+	if b.IncludeAddresses, err = prefixes(m.IncludeAddresses); err != nil {
+		return nil, bad("include_addresses", err)
+	}
+	if b.ExcludeAddrs, err = prefixes(m.ExcludeAddresses); err != nil {
+		return nil, bad("exclude_addresses", err)
+	}
+	for _, l := range []struct {
+		name string
+		from []uint32
+		to   *[]uint16
+	}{{"include_ports", m.IncludePorts, &b.Include}, {"outgoing_ports", m.OutgoingPorts, &b.Outgoing}, {"exclude_ports", m.ExcludePorts, &b.Exclude}} {
+		if *l.to, err = ports(l.from); err != nil {
+			return nil, bad(l.name, err)
+		}
+	}
+	return s.change(ctx, m.App, b)
+}
+
+func prefixes(in []string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, p := range in {
+		x, err := netip.ParsePrefix(p)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, x.Masked())
+	}
+	return out, nil
+}
+
+func ports(in []uint32) ([]uint16, error) {
+	var out []uint16
+	for _, p := range in {
+		if p == 0 || p > 65535 {
+			return nil, fmt.Errorf("%d is not a port", p)
+		}
+		out = append(out, uint16(p))
+	}
+	return out, nil
+}
+
+func (s service) Unregister(ctx context.Context, r *connect.Request[pb.UnregisterRequest]) (*connect.Response[pb.AppReply], error) {
+	return s.change(ctx, r.Msg.App, &filter.Unregister{App: r.Msg.App, Force: r.Msg.Force})
+}
+
+func (s service) SnapshotStart(ctx context.Context, r *connect.Request[pb.SnapshotStartRequest]) (*connect.Response[pb.LearnReply], error) {
+	m := r.Msg
+	b := &filter.SnapshotStart{App: m.App, LeaveOut: m.LeaveOut, Timeout: m.LearnTimeoutMs * 1e6}
+	var err error
+	if b.Listen, err = ports(m.ListenPorts); err != nil {
+		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: listen_ports: "+err.Error())
+	}
+	if b.Sockets, err = sockets(m.Sockets); err != nil {
+		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: sockets: "+err.Error())
+	}
+	x, err := s.n.do(ctx, b)
+	if err != nil {
+		return nil, s.failure(m.App, err)
+	}
+	res := x.(*filter.Result)
+	return connect.NewResponse(&pb.LearnReply{App: m.App, State: res.State.String(), Learned: uint32(res.Learned), Unlearned: res.Notes}), nil
+}
+
+func sockets(in []*pb.Socket) ([]filter.Socket, error) {
+	out := make([]filter.Socket, 0, len(in))
+	for _, k := range in {
+		id, err := connID(k.Local, k.Remote)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, filter.Socket{
+			ID: id, Established: k.State == "ESTABLISHED" || k.State == "CLOSE_WAIT", CloseWait: k.State == "CLOSE_WAIT",
+			Passive: k.Passive, SendQueue: k.SendQueue, HasInfo: k.HasInfo,
+			TS: k.OptTimestamps, SACK: k.OptSack, WScale: k.OptWscale,
+			RemoteScale: uint8(min(k.SndWscale, 14)), LocalScale: uint8(min(k.RcvWscale, 14)), SndMSS: k.SndMss,
+			BytesAcked: k.BytesAcked, BytesReceived: k.BytesReceived,
+			LastSent: int64(k.LastDataSentMs) * 1e6, LastRecv: int64(k.LastDataRecvMs) * 1e6,
+		})
+	}
+	return out, nil
+}
+
+func connID(local, remote string) (id filter.ConnID, err error) {
+	if id.Local, err = netip.ParseAddrPort(local); err != nil {
+		return id, fmt.Errorf("local address %q: %w", local, err)
+	}
+	if id.Remote, err = netip.ParseAddrPort(remote); err != nil {
+		return id, fmt.Errorf("remote address %q: %w", remote, err)
+	}
+	return id, nil
+}
+
+func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.SnapshotFreezeRequest]) (*connect.Response[pb.AppReply], error) {
+	return s.change(ctx, r.Msg.App, &filter.SnapshotFreeze{App: r.Msg.App, Boundary: r.Msg.Boundary, Quiet: r.Msg.QuietMs * 1e6})
+}
+
+func (s service) Seal(ctx context.Context, r *connect.Request[pb.SealRequest]) (*connect.Response[pb.AppReply], error) {
+	return s.change(ctx, r.Msg.App, &filter.Seal{App: r.Msg.App})
+}
+
+func (s service) SnapshotDone(ctx context.Context, r *connect.Request[pb.SnapshotDoneRequest]) (*connect.Response[pb.AppReply], error) {
+	return s.change(ctx, r.Msg.App, &filter.SnapshotDone{App: r.Msg.App, ID: r.Msg.SnapshotId, Force: r.Msg.Force})
+}
+
+func (s service) SnapshotAbort(ctx context.Context, r *connect.Request[pb.AppRequest]) (*connect.Response[pb.AppReply], error) {
+	return s.change(ctx, r.Msg.App, &filter.SnapshotAbort{App: r.Msg.App})
+}
+
+func (s service) RestoreStart(ctx context.Context, r *connect.Request[pb.RestoreStartRequest]) (*connect.Response[pb.AppReply], error) {
+	m := r.Msg
+	b := &filter.RestoreStart{App: m.App, ID: m.SnapshotId, OldNode: m.OldNode}
+	if m.Ip != "" {
+		ip, err := netip.ParseAddr(m.Ip)
+		if err != nil {
+			return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "RESTORESTART: "+err.Error())
+		}
+		b.IP = ip.Unmap()
+	}
+	return s.change(ctx, m.App, b)
+}
+
+func (s service) RestoreConn(ctx context.Context, r *connect.Request[pb.RestoreConnRequest]) (*connect.Response[pb.AppReply], error) {
+	m := r.Msg
+	b := &filter.RestoreConn{App: m.App, Kind: m.Kind}
+	for _, c := range m.Conns {
+		id, err := connID(c.Local, c.Remote)
+		if err != nil {
+			return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "RESTORECONN: "+err.Error())
+		}
+		b.Conns = append(b.Conns, id)
+	}
+	return s.change(ctx, m.App, b)
+}
+
+func (s service) Restored(ctx context.Context, r *connect.Request[pb.RestoredRequest]) (*connect.Response[pb.AppReply], error) {
+	return s.change(ctx, r.Msg.App, &filter.Restored{App: r.Msg.App, ResetMissing: r.Msg.ResetMissing})
+}
+
+func (s service) RestoreAbort(ctx context.Context, r *connect.Request[pb.AppRequest]) (*connect.Response[pb.AppReply], error) {
+	return s.change(ctx, r.Msg.App, &filter.RestoreAbort{App: r.Msg.App})
+}
+
+// list reads the connection structures of an application that is configured or
+// known.
+func (s service) list(ctx context.Context, app string) (*filter.ConnList, error) {
+	x, err := s.n.do(ctx, &filter.GetConnInfo{App: app})
+	if err != nil {
+		return nil, s.failure(app, err)
+	}
+	l := x.(*filter.ConnList)
+	if l.State == appstate.Unknown && s.n.cfg.Load().Apps[app] == nil {
+		return nil, s.unknown(app)
+	}
+	return l, nil
+}
+
+func (s service) unknown(app string) error {
+	return control.Error(connect.CodeNotFound, app, "",
+		fmt.Sprintf("application %q is not known: there is no valid apps/%s.toml in the shared directory", app, app))
+}
+
+func (s service) GetConnCount(ctx context.Context, r *connect.Request[pb.AppRequest]) (*connect.Response[pb.ConnCountReply], error) {
+	l, err := s.list(ctx, r.Msg.App)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&pb.ConnCountReply{App: l.App, State: l.State.String(), Count: uint32(len(l.Conns))}), nil
+}
+
+func (s service) GetConnInfo(ctx context.Context, r *connect.Request[pb.GetConnInfoRequest]) (*connect.Response[pb.ConnInfoReply], error) {
+	l, err := s.list(ctx, r.Msg.App)
+	if err != nil {
+		return nil, err
+	}
+	out := &pb.ConnInfoReply{App: l.App, State: l.State.String(), Conns: make([]*pb.ConnInfo, 0, len(l.Conns))}
+	for i := range l.Conns {
+		c := &l.Conns[i]
+		idle := int64(-1)
+		if c.LocalIdle >= 0 {
+			idle = c.LocalIdle / int64(time.Millisecond)
+		}
+		out.Conns = append(out.Conns, &pb.ConnInfo{
+			Local: c.ID.Local.String(), Remote: c.ID.Remote.String(), Role: c.Role.String(), State: c.State.String(),
+			BytesIn: c.BytesIn, BytesOut: c.BytesOut, Translated: c.Translated, WindowClosed: c.Closed,
+			Frozen: c.Frozen, Sealed: c.Sealed, Learned: c.Learned, UnackedOut: c.Unacked, KeptBytes: c.Kept,
+			DeliveredIn: c.BytesIn, DiscardedOut: c.Discarded, LocalIdleMs: idle, Missing: c.Missing,
+			SndNxt: c.SndNxt, RcvNxt: c.RcvNxt, Restorable: c.Restorable, RemoteClosed: c.RemoteClosed,
+		})
+	}
+	return connect.NewResponse(out), nil
+}
+
+func (s service) Status(ctx context.Context, r *connect.Request[pb.StatusRequest]) (*connect.Response[pb.StatusReply], error) {
+	app := r.Msg.App
+	x, err := s.n.do(ctx, &filter.Status{App: app})
+	if err != nil {
+		return nil, s.failure(app, err)
+	}
+	cfg := s.n.cfg.Load()
+	out := &pb.StatusReply{Node: cfg.Node.Name, ConfigGeneration: cfg.Generation}
+	known := map[string]bool{}
+	for _, a := range x.([]filter.AppStatus) {
+		known[a.Name] = true
+		out.Apps = append(out.Apps, &pb.AppStatus{
+			Name: a.Name, Vips: a.VIPs, State: a.State.String(), SnapshotId: a.SnapshotID, RestoreRequested: a.RestoreRequested,
+			Connections: a.Connections, BytesIn: a.BytesIn, BytesOut: a.BytesOut, KeptBytes: a.Kept,
+			PendingSyns: uint32(a.PendingSyns), Reasons: a.Reasons,
+		})
+	}
+	for name, a := range cfg.Apps { // configured, and unknown on this node
+		if known[name] || app != "" && app != name {
+			continue
+		}
+		st := &pb.AppStatus{Name: name}
+		for _, v := range a.VIPs {
+			st.Vips = append(st.Vips, v.String())
+		}
+		out.Apps = append(out.Apps, st)
+	}
+	if app != "" && len(out.Apps) == 0 {
+		return nil, s.unknown(app)
+	}
+	slices.SortFunc(out.Apps, func(a, b *pb.AppStatus) int {
+		if a.Name < b.Name {
+			return -1
+		}
+		return 1
+	})
+	return connect.NewResponse(out), nil
+}
+
+func (s service) Wait(ctx context.Context, r *connect.Request[pb.WaitRequest]) (*connect.Response[pb.AppReply], error) {
+	m := r.Msg
+	if _, ok := appstate.ParseApp(m.State); !ok {
+		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), fmt.Sprintf("%q is not a state", m.State))
+	}
+	if s.n.state(m.App) == "" && s.n.cfg.Load().Apps[m.App] == nil {
+		return nil, s.unknown(m.App)
+	}
+	if err := s.n.waitState(ctx, m.App, m.State); err != nil {
+		return nil, s.failure(m.App, err)
+	}
+	return connect.NewResponse(&pb.AppReply{App: m.App, State: m.State}), nil
+}
