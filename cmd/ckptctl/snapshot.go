@@ -48,6 +48,9 @@ is named; --force goes on nevertheless and names what may be lost.`,
 			if c.output == "json" {
 				return writeJSON(c.out, snapshotJSON{App: r.Msg.App, SnapshotID: r.Msg.SnapshotId, Forced: notEmpty(r.Msg.Forced)})
 			}
+			for _, line := range r.Msg.Notes {
+				fmt.Fprintf(c.err, "note: %s\n", line)
+			}
 			for _, line := range r.Msg.Forced {
 				fmt.Fprintf(c.err, "forced: %s\n", line)
 			}

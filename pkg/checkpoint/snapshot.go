@@ -41,6 +41,7 @@ type snapshotRun struct {
 	drain   time.Duration
 	leftOut map[string]bool // connections that the filter could not learn
 	forced  []string        // what is missing of which connection
+	notes   []string        // what the operator should know
 	pending *pendingSnapshot
 }
 
@@ -176,7 +177,11 @@ func (r *snapshotRun) announce() error {
 		switch {
 		case r.scope.sameHost(k):
 			// Its two ends are both here: seen from the VIP each shows up.
+			if k.State == sockdiag.TimeWait {
+				continue
+			}
 			sameHost++
+			r.notes = append(r.notes, fmt.Sprintf("a connection within this node is not kept: %v", k))
 			r.a.log.Warn("connection within this node is not kept", "app", r.app.Name, "socket", k.String())
 		case k.State == sockdiag.TimeWait: // both sides are done with it
 		case r.scope.wants(k):
@@ -355,7 +360,7 @@ func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
 	for _, f := range r.forced {
 		r.a.log.Warn("forced", "app", r.app.Name, "id", id, "connection", f)
 	}
-	return &pb.AgentSnapshotReply{App: r.app.Name, SnapshotId: id, Forced: r.forced}, nil
+	return &pb.AgentSnapshotReply{App: r.app.Name, SnapshotId: id, Forced: r.forced, Notes: r.notes}, nil
 }
 
 // hold makes the filter answer for the application, and gives the state after

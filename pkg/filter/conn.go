@@ -44,6 +44,7 @@ type conn struct {
 
 	finIn, finOut       bool // FIN passed to local, to the remote
 	finInEnd, finOutEnd seqnum.Value
+	remoteFirst, closed bool // the remote closed first; both closes were acknowledged
 	expire              Time // when a closed connection is forgotten, 0: not
 
 	// The snapshot under way, and the hold.
@@ -54,6 +55,7 @@ type conn struct {
 	asks      uint32       // asks sent in this snapshot
 	askFrom   uint32       // asks up to here were sent before the freeze
 	askBase   seqnum.Value // number that asks count down from, local's view
+	probeAt   Time         // not before then is the remote asked
 	askAt     Time         // not before then is local asked again
 	sendQueue uint32       // octets that sock_diag showed unacknowledged at SNAPSHOTSTART
 	localGone bool
@@ -227,17 +229,35 @@ func (c *conn) finish(now Time, s *packet.Segment) {
 }
 
 // closing moves a connection that one side or both have closed. The structure
-// goes only when the close was acknowledged, or would have been: in CONNECTED
-// the last ACK is not seen.
+// of a translated one goes when the close was acknowledged and whoever waits in
+// TIME_WAIT needs it no more; of others nothing depends.
 func (c *conn) closing(now Time) {
-	const linger = 130e9 // longer than TIME_WAIT and the remote's last FIN
 	if !c.finIn && !c.finOut {
 		return
 	}
 	if c.state == appstate.Connect || c.state == appstate.SynRcvd {
 		c.set(appstate.Closing)
+		c.remoteFirst = c.finIn && !c.finOut
 	}
-	if c.finIn && c.finOut && c.expire == 0 {
+	if !c.finIn || !c.finOut {
+		return
+	}
+	linger := Time(5e9)
+	if c.translated {
+		linger = 130e9
+		if c.finOutEnd.LessEq(c.ep.SndUna) && c.finInEnd.LessEq(c.ep.RcvNxt) {
+			if c.closed {
+				return
+			}
+			c.closed = true
+			linger = 65e9 // local waits 60 s
+			if c.remoteFirst {
+				linger = 2e9
+			}
+			c.expire = 0
+		}
+	}
+	if c.expire == 0 {
 		c.expire = (now+linger)/1e9*1e9 + 1e9 // whole seconds: one look for many
 		c.app.engine.at(c.expire)
 	}

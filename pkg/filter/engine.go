@@ -228,6 +228,13 @@ func (e *Engine) tickConn(now Time, a *app, c *conn, fx *Effects) {
 	if needs && now >= c.askAt {
 		e.ask(now, c, fx)
 	}
+	// An acknowledgement of the remote may have passed before everything was
+	// captured: it is asked to say it again.
+	if c.frozen && c.learned && c.ep.SndUna != c.ep.SndNxt && now >= c.probeAt {
+		c.probeAt = now + 60e6
+		sp := c.ep.Probe()
+		fx.send(&sp, false)
+	}
 }
 
 // rand is splitmix64 over the seed.

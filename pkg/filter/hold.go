@@ -318,8 +318,8 @@ func (e *Engine) awayOut(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 		}
 		return
 	}
-	if c.state == appstate.Restoring || c.hsDone {
-		e.handshakeOut(now, c, fx)
+	if c.hsStarted {
+		e.handshakeOut(c, p.Hook, fx)
 		return
 	}
 	if s.Has(packet.SYN) {

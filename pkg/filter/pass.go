@@ -259,6 +259,10 @@ func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *E
 		e.unknownOut(now, a, id, fx)
 		return
 	}
+	if a.state == appstate.RestoreStart && c.hsStarted {
+		e.handshakeOut(c, p.Hook, fx)
+		return
+	}
 	if s.Has(packet.SYN) {
 		fx.accept(HandshakePass)
 		if s.Has(packet.ACK) {

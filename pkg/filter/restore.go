@@ -25,14 +25,20 @@ func (e *Engine) startHandshake(c *conn, fx *Effects) {
 	}
 	c.hsStarted = true
 	sp := c.ep.Syn(c.hsIRS)
-	fx.send(&sp, false)
+	fx.send(&sp, true)
 }
 
 // handshakeOut handles what the returning local side sends before RESTORED.
-func (e *Engine) handshakeOut(now Time, c *conn, fx *Effects) {
+// Its SYN-ACK goes on to connection tracking, which is to see the handshake
+// with local's numbers, and is taken behind routing.
+func (e *Engine) handshakeOut(c *conn, hook uint8, fx *Effects) {
 	s := &e.seg
 	switch {
 	case s.Flags&(packet.SYN|packet.ACK) == packet.SYN|packet.ACK:
+		if hook == HookOutput {
+			fx.accept(HandshakePass)
+			return
+		}
 		e.handshakeAck(c, fx)
 	case s.Has(packet.RST):
 		fx.drop(HandshakeRefused)
@@ -87,7 +93,7 @@ func (e *Engine) handshakeAck(c *conn, fx *Effects) {
 		}
 	}
 	sp := e.toLocal(c, packet.ACK)
-	fx.send(&sp, false)
+	fx.send(&sp, true)
 }
 
 // translation measures the difference between what the remote knows and the
@@ -133,11 +139,13 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 	e.flow(c, true, fx)
 	if c.state == appstate.Rst {
 		sp := e.toLocal(c, packet.RST|packet.ACK)
-		fx.send(&sp, false)
+		fx.send(&sp, true)
 		e.remove(c, fx)
 		return
 	}
 	if c.finIn { // local is to see the remote's FIN again
+		c.finInEnd = c.ep.RcvNxt
+		c.remoteFirst = true
 		c.set(appstate.Closing)
 	}
 	if c.finIn || len(c.kept) > 0 || c.keptFin {
@@ -209,7 +217,7 @@ func (e *Engine) handSegment(c *conn, seq seqnum.Value, p []byte, fin bool, fx *
 	if fin {
 		sp.Flags |= packet.FIN
 	}
-	fx.send(&sp, false)
+	fx.send(&sp, true)
 }
 
 // redeliver hands kept octets over again where local has not acknowledged

@@ -2039,6 +2039,7 @@ type AgentSnapshotReply struct {
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
 	SnapshotId    string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
 	Forced        []string               `protobuf:"bytes,3,rep,name=forced,proto3" json:"forced,omitempty"`
+	Notes         []string               `protobuf:"bytes,4,rep,name=notes,proto3" json:"notes,omitempty"` // what an operator should know, a line each
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2090,6 +2091,13 @@ func (x *AgentSnapshotReply) GetSnapshotId() string {
 func (x *AgentSnapshotReply) GetForced() []string {
 	if x != nil {
 		return x.Forced
+	}
+	return nil
+}
+
+func (x *AgentSnapshotReply) GetNotes() []string {
+	if x != nil {
+		return x.Notes
 	}
 	return nil
 }
@@ -2661,12 +2669,13 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x14AgentSnapshotRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\x12(\n" +
-	"\x10drain_timeout_ms\x18\x03 \x01(\x03R\x0edrainTimeoutMs\"_\n" +
+	"\x10drain_timeout_ms\x18\x03 \x01(\x03R\x0edrainTimeoutMs\"u\n" +
 	"\x12AgentSnapshotReply\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
 	"snapshotId\x12\x16\n" +
-	"\x06forced\x18\x03 \x03(\tR\x06forced\")\n" +
+	"\x06forced\x18\x03 \x03(\tR\x06forced\x12\x14\n" +
+	"\x05notes\x18\x04 \x03(\tR\x05notes\")\n" +
 	"\x15AgentSnapshotsRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\"p\n" +
 	"\fSnapshotInfo\x12\x10\n" +
