@@ -305,7 +305,7 @@ func (s service) Status(ctx context.Context, r *connect.Request[pb.StatusRequest
 func (s service) Wait(ctx context.Context, r *connect.Request[pb.WaitRequest]) (*connect.Response[pb.AppReply], error) {
 	m := r.Msg
 	if _, ok := appstate.ParseApp(m.State); !ok {
-		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), fmt.Sprintf("%q is not a state", m.State))
+		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), fmt.Sprintf("WAIT: %q is not a state", m.State))
 	}
 	if s.n.state(m.App) == "" && s.n.cfg.Load().Apps[m.App] == nil {
 		return nil, s.unknown(m.App)

@@ -1,0 +1,73 @@
+# Targets: build demo test test-unit bench fuzz lint fmt generate clean
+SHELL       := /bin/bash
+export CGO_ENABLED ?= 0
+export PATH := $(PATH):/usr/sbin:/sbin
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+FUZZTIME    ?= 30s
+# Further flags for go test, e.g. TESTFLAGS=-v.
+TESTFLAGS   ?=
+GOBUILD     := go build -trimpath -buildvcs=false -ldflags '-s -w'
+UNIT        := ./cmd/... ./internal/... ./pkg/...
+
+# Tests that need root run as root; the go command itself stays with the caller.
+ifneq ($(shell id -u),0)
+SUDO := sudo
+EXEC := -exec 'sudo env PATH=$(PATH) NFCF_BIN=$(CURDIR)/bin'
+endif
+
+.PHONY: all build demo test test-unit test-race test-root bench fuzz lint vet fmt generate clean deps-test
+all: build
+
+build:
+	@mkdir -p bin
+	$(GOBUILD) -o bin/ ./cmd/nfconnfilter ./cmd/ckptctl
+
+bin/demo bin/bytecount bin/bench: build FORCE
+	@$(GOBUILD) -o $@ ./test/$(@F)
+FORCE:
+
+demo: bin/demo
+	@scripts/demo.sh
+
+deps-test:
+	@scripts/deps.sh test
+
+vet:
+	go vet ./...
+
+# What needs neither root nor a program: pure tests, scenarios and the fuzz corpus.
+test-unit: vet
+	go test $(TESTFLAGS) $(UNIT) ./test/imports/ ./test/clients/ ./test/harness/ ./test/bytecount/
+
+test-race: deps-test
+	CGO_ENABLED=1 go test $(TESTFLAGS) -race -count=1 -timeout 10m $(EXEC) $(UNIT) ./test/clients/ ./test/harness/
+
+test-root: deps-test bin/bytecount bin/demo
+	NFCF_BIN=$(CURDIR)/bin go test -count=1 -timeout 18m -v $(EXEC) ./test/
+
+test: deps-test build vet
+	go test $(TESTFLAGS) -timeout 10m $(EXEC) $(UNIT) ./test/imports/ ./test/clients/ ./test/harness/ ./test/bytecount/
+	@$(MAKE) --no-print-directory test-race
+	@$(MAKE) --no-print-directory test-root
+
+bench: bin/bench
+	@scripts/deps.sh bench
+	$(SUDO) env PATH="$$PATH" bin/bench
+	go test -run '^$$' -bench . -benchmem $(EXEC) ./internal/... ./pkg/...
+
+fuzz:
+	scripts/fuzz.sh $(FUZZTIME)
+
+lint: vet
+	@files=$$(gofmt -l .); if [ -n "$$files" ]; then echo "not formatted (run make fmt):"; echo "$$files"; exit 1; fi
+	go run $(STATICCHECK) ./...
+	go test -count=1 ./test/imports/
+
+fmt:
+	gofmt -w .
+
+generate:
+	scripts/generate.sh
+
+clean:
+	rm -rf bin

@@ -1,0 +1,261 @@
+// Package harness runs the two programs of this project, with real
+// applications, in a pair of network namespaces: for the root tests and the
+// demonstration. Everything it makes is removed by Close, and what a killed
+// predecessor left is removed by Sweep.
+package harness
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/testnet"
+)
+
+// App is one application of the node, as its file in apps/ describes it.
+type App struct {
+	Name  string
+	VIP   string
+	Ports []int
+	Start []string
+	// Before is the command run once connections are drained; none when empty.
+	Before []string
+	// Process and Checkpoint are further lines for these two tables.
+	Process, Checkpoint string
+}
+
+// Options shape a Node.
+type Options struct {
+	// Name becomes part of the namespaces' names.
+	Name string
+	// Bin is the directory that holds nfconnfilter and ckptctl.
+	Bin string
+	// NoOffloads as in testnet.Options.
+	NoOffloads bool
+	// Scheduler, "IP:port", receives the restore requests; empty: the agent does.
+	Scheduler string
+	Apps      []App
+}
+
+// Node is a node namespace with its configuration, and a client namespace.
+type Node struct {
+	Net    *testnet.Net
+	Dir    string // holds everything: shared/, node.toml, log/, and room for the application
+	Filter *Daemon
+	Agent  *Daemon
+
+	o Options
+}
+
+// New makes the namespaces and writes the configuration; nothing is started.
+func New(o Options) (n *Node, err error) {
+	n = &Node{o: o}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.Close())
+		}
+	}()
+	// Short, because the paths of Unix sockets are limited to 107 bytes.
+	if n.Dir, err = os.MkdirTemp("", dirPrefix()); err != nil {
+		return n, err
+	}
+	for _, d := range []string{"shared/apps", "log", "state", "app"} {
+		if err := os.MkdirAll(filepath.Join(n.Dir, d), 0o755); err != nil {
+			return n, err
+		}
+	}
+	if n.Net, err = testnet.Setup(testnet.Options{Name: o.Name, NoOffloads: o.NoOffloads}); err != nil {
+		return n, err
+	}
+	if err := n.writeConfig(); err != nil {
+		return n, err
+	}
+	return n, nil
+}
+
+// dirPrefix names this process, so that Sweep knows whose directory it is.
+func dirPrefix() string { return fmt.Sprintf("nfcf-%d-", os.Getpid()) }
+
+// Path is a file below the node's directory.
+func (n *Node) Path(elem ...string) string {
+	return filepath.Join(append([]string{n.Dir}, elem...)...)
+}
+
+func (n *Node) writeConfig() error {
+	cluster := ""
+	if n.o.Scheduler != "" {
+		host, port, err := net.SplitHostPort(n.o.Scheduler)
+		if err != nil {
+			return err
+		}
+		cluster = fmt.Sprintf("[scheduler]\naddress = %q\nport = %s\n", host, port)
+	}
+	node := fmt.Sprintf(`name = "node-a"
+interface = %q
+address = %q
+state_dir = %q
+control_socket = %q
+agent_socket = %q
+`, testnet.Iface, n.Net.NodeAddr(), n.Path("state"), n.Path("control.sock"), n.Path("agent.sock"))
+	if err := os.WriteFile(n.Path("shared", "cluster.toml"), []byte(cluster), 0o644); err != nil {
+		return err
+	}
+	if err := os.WriteFile(n.Path("node.toml"), []byte(node), 0o644); err != nil {
+		return err
+	}
+	for _, a := range n.o.Apps {
+		if err := n.WriteApp(a); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// WriteApp writes an application's file; "@" at the start of an argument of
+// its commands stands for the node's directory.
+func (n *Node) WriteApp(a App) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "name = %q\nvip = %q\ninclude_ports = %s\n", a.Name, a.VIP, strings.Join(strings.Fields(fmt.Sprint(a.Ports)), ", "))
+	fmt.Fprintf(&b, "[process]\nstart = %s\n%s\n", n.list(a.Start), a.Process)
+	b.WriteString("[checkpoint]\n")
+	if len(a.Before) > 0 {
+		fmt.Fprintf(&b, "before = %s\n", n.list(a.Before))
+	}
+	b.WriteString(a.Checkpoint + "\n")
+	return os.WriteFile(n.Path("shared", "apps", a.Name+".toml"), []byte(b.String()), 0o644)
+}
+
+// list writes a command as a TOML array.
+func (n *Node) list(args []string) string {
+	q := make([]string, len(args))
+	for i, a := range args {
+		if rest, ok := strings.CutPrefix(a, "@"); ok {
+			a = n.Path(rest)
+		}
+		q[i] = fmt.Sprintf("%q", a)
+	}
+	return "[" + strings.Join(q, ", ") + "]"
+}
+
+// Up starts filter and agent and, with ckptctl, every application.
+func (n *Node) Up() error {
+	if err := n.StartFilter(); err != nil {
+		return err
+	}
+	if err := n.StartAgent(); err != nil {
+		return err
+	}
+	for _, a := range n.o.Apps {
+		if r := n.Ctl("start", a.Name); r.Code != 0 {
+			return r.Err()
+		}
+	}
+	return nil
+}
+
+// StartFilter starts nfconnfilter and waits for its READY=1.
+func (n *Node) StartFilter() (err error) {
+	n.Filter, err = n.startDaemon("nfconnfilter", "run")
+	return err
+}
+
+// StartAgent starts ckptctl agent and waits until its socket answers.
+func (n *Node) StartAgent() (err error) {
+	n.Agent, err = n.startDaemon("ckptctl", "agent")
+	return err
+}
+
+// Program is the path of one of the two programs.
+func (n *Node) Program(name string) string { return filepath.Join(n.o.Bin, name) }
+
+// Args are the arguments that tell a daemon its configuration.
+func (n *Node) Args() []string {
+	return []string{"--shared", n.Path("shared"), "--node", n.Path("node.toml")}
+}
+
+// Down ends agent and filter in an orderly way; an application stays.
+func (n *Node) Down() error {
+	var errs []error
+	for _, d := range []*Daemon{n.Agent, n.Filter} {
+		if d != nil {
+			errs = append(errs, d.Stop(5*time.Second))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Close ends everything that runs in the node's namespaces and removes them
+// and the directory.
+func (n *Node) Close() error {
+	var errs []error
+	errs = append(errs, n.Down())
+	if n.Net != nil {
+		errs = append(errs, killInside(n.Net.Node().Path()), killInside(n.Net.Client().Path()), n.Net.Close())
+		n.Net = nil
+	}
+	if n.Dir != "" {
+		errs = append(errs, os.RemoveAll(n.Dir))
+	}
+	return errors.Join(errs...)
+}
+
+// Logs returns what the daemons and the applications wrote.
+func (n *Node) Logs() string {
+	var b strings.Builder
+	for _, pattern := range []string{"log/*", "state/log/*"} {
+		files, _ := filepath.Glob(n.Path(pattern))
+		for _, f := range files {
+			text, err := os.ReadFile(f)
+			if err != nil {
+				continue
+			}
+			const most = 16 << 10
+			if len(text) > most {
+				text = append([]byte("[...]\n"), text[len(text)-most:]...)
+			}
+			fmt.Fprintf(&b, "---- %s\n%s\n", filepath.Base(f), text)
+		}
+	}
+	return b.String()
+}
+
+// Dial connects from the client namespace; it is a clients.Dialer.
+func (n *Node) Dial(addr string) (net.Conn, error) { return n.Net.Client().Dial("tcp", addr) }
+
+// Redis describes a Redis server on port 6379 of the VIP that keeps its data
+// in the node's directory: it saves when its connections are drained.
+func Redis(name, vip string) App {
+	return App{
+		Name: name, VIP: vip, Ports: []int{6379},
+		Start: []string{"redis-server", "--bind", vip, "--port", "6379", "--dir", "@app",
+			"--dbfilename", name + ".rdb", "--save", "", "--appendonly", "no", "--daemonize", "no",
+			"--protected-mode", "no", "--tcp-backlog", "511", "--maxclients", "8000"},
+		Before: []string{"redis-cli", "-h", vip, "save"},
+	}
+}
+
+// Wait polls cond until it holds or the time is over; what names the
+// condition in the error.
+func Wait(timeout time.Duration, what string, cond func() bool) error {
+	return poll(timeout, 20*time.Millisecond, what, cond)
+}
+
+// Watch is Wait that looks every millisecond, for a time to be measured.
+func Watch(timeout time.Duration, what string, cond func() bool) error {
+	return poll(timeout, time.Millisecond, what, cond)
+}
+
+func poll(timeout, most time.Duration, what string, cond func() bool) error {
+	deadline := time.Now().Add(timeout)
+	for step := time.Millisecond; !cond(); step = min(2*step, most) {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("not within %v: %s", timeout, what)
+		}
+		time.Sleep(step)
+	}
+	return nil
+}
