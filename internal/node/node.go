@@ -123,11 +123,21 @@ func (n *Node) takeUp() error {
 	if err := n.rules.Clear(rules.Flow, rules.Full); err != nil {
 		return err
 	}
+	active, err := n.rules.List(rules.Active)
+	if err != nil {
+		return err
+	}
 	blocked := map[netip.Addr]bool{}
 	for _, c := range away {
 		blocked[c.IP] = true
 		n.engine.Block(c.IP)
 		n.log.Error("an application on this VIP was away when an earlier filter ended; its connections are lost, and its traffic is dropped until 'ckptctl start' brings it up anew or 'nfconnfilter rules --purge' removes the rules", "vip", c.IP)
+	}
+	for i := range active {
+		active[i].Add = blocked[active[i].IP]
+	}
+	if err := n.rules.Apply(active); err != nil {
+		return err
 	}
 	up := map[netip.Addr]bool{}
 	for _, c := range vips {
@@ -308,7 +318,7 @@ func conntrackEntries(stat []byte) int64 {
 
 var setOf = [...]rules.Set{
 	filter.SetVIP: rules.VIP, filter.SetFull: rules.Full, filter.SetAway: rules.Away,
-	filter.SetICMP: rules.ICMP, filter.SetSkip: rules.Skip, filter.SetFlow: rules.Flow,
+	filter.SetActive: rules.Active, filter.SetSkip: rules.Skip, filter.SetFlow: rules.Flow,
 }
 
 // tell hands on notes, replies and restore requests.

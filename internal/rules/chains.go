@@ -24,6 +24,11 @@ func chains(f *family, cfg Config) []chain {
 	bypass := q + " --queue-bypass"
 	set := func(s Set, dir string) string { return "-m set --match-set " + f.setName(s) + " " + dir }
 	const edge = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE "
+	const bulk = "-p tcp -m tcp --tcp-flags FIN,SYN,RST NONE "
+	idle := func(dir string) rule {
+		return rule{bulk + "-m set ! --match-set " + f.setName(Active) + " " + dir + " -j RETURN",
+			"bulk of what is neither away nor translated: one look and on"}
+	}
 
 	noTrack := rule{fmt.Sprintf("-m mark --mark 0x%x -j CT --notrack", cfg.Mark|MarkNoTrack),
 		"injected by the filter, not for connection tracking"}
@@ -31,7 +36,7 @@ func chains(f *family, cfg Config) []chain {
 		"our own packets are never queued again"}
 
 	in := chain{table: "raw", hook: "PREROUTING", name: ChainIn, why: "remote to local", rules: []rule{
-		noTrack, ours,
+		idle("dst"), noTrack, ours,
 		{"-i lo -j RETURN", "the node itself may always talk to the VIP"},
 		{set(Skip, "dst,dst") + " -j RETURN", "ports that are never captured"},
 		{"-p tcp " + set(Away, "dst") + " " + q, "application away: everything, dropped without a filter"},
@@ -41,17 +46,17 @@ func chains(f *family, cfg Config) []chain {
 	}}
 	for _, t := range f.errTypes {
 		in.rules = append(in.rules, rule{
-			fmt.Sprintf("-p %s %s %d %s %s", f.icmp, f.icmpOpt, t.num, set(ICMP, "dst"), bypass),
+			fmt.Sprintf("-p %s %s %d %s %s", f.icmp, f.icmpOpt, t.num, set(Active, "dst"), bypass),
 			"ICMP errors: " + t.name})
 	}
 	out := chain{table: "raw", hook: "OUTPUT", name: ChainOut, why: "local to remote, before connection tracking", rules: []rule{
-		noTrack, ours,
+		idle("src"), noTrack, ours,
 		{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
 		{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
 		{"-p tcp " + set(Away, "src") + " " + q, "application away: sealed or held, dropped without a filter"},
 	}}
 	post := chain{table: "mangle", hook: "POSTROUTING", name: ChainPost, why: "local to remote, after connection tracking", rules: []rule{
-		ours,
+		idle("src"), ours,
 		{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
 		{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
 		{"-p tcp " + set(Flow, "dst,dst,src") + " " + q, "translated flows, dropped without a filter"},

@@ -32,12 +32,12 @@ func Print(w io.Writer, cfg Config) error {
 }
 
 var setHelp = [numSets]string{
-	VIP:  "VIPs: SYN, FIN, RST are queued",
-	Full: "VIPs with full capture",
-	Away: "VIPs whose application is away: full capture, no bypass",
-	ICMP: "VIPs whose ICMP errors are queued",
-	Skip: "VIP and port that are never captured",
-	Flow: "remote, remote port, VIP of translated flows",
+	VIP:    "VIPs: SYN, FIN, RST are queued",
+	Full:   "VIPs with full capture",
+	Away:   "VIPs whose application is away: full capture, no bypass",
+	Active: "VIPs with anything away or translated: looked at, ICMP errors queued",
+	Skip:   "VIP and port that are never captured",
+	Flow:   "remote, remote port, VIP of translated flows",
 }
 
 func printSets(b *strings.Builder, f *family, cfg Config) {

@@ -121,7 +121,7 @@ func TestApplyAndList(t *testing.T) {
 	remote4, remote6 := netip.MustParseAddr("198.51.100.7"), netip.MustParseAddr("2001:db8:1::7")
 	add := []Change{
 		{Set: VIP, Add: true, IP: vip4}, {Set: VIP, Add: true, IP: vip6}, {Set: Full, Add: true, IP: vip4}, {Set: Away, Add: true, IP: vip4},
-		{Set: ICMP, Add: true, IP: vip6}, {Set: Skip, Add: true, IP: vip4, Port: 22},
+		{Set: Active, Add: true, IP: vip6}, {Set: Skip, Add: true, IP: vip4, Port: 22},
 		{Set: Flow, Add: true, IP: remote4, Port: 40000, Peer: vip4}, {Set: Flow, Add: true, IP: remote6, Port: 40000, Peer: vip6},
 	}
 	del := slices.Clone(add)
@@ -145,7 +145,7 @@ func TestApplyAndList(t *testing.T) {
 	// ipset itself must read the entries as we mean them.
 	saved := sh(t, ns, "ipset save")
 	for _, w := range []string{"add nfcf4-skip 192.0.2.100,tcp:22\n", "add nfcf4-flow 198.51.100.7,tcp:40000,192.0.2.100\n",
-		"add nfcf6-flow 2001:db8:1::7,tcp:40000,2001:db8::100\n", "add nfcf4-away 192.0.2.100\n", "add nfcf6-icmp 2001:db8::100\n"} {
+		"add nfcf6-flow 2001:db8:1::7,tcp:40000,2001:db8::100\n", "add nfcf4-away 192.0.2.100\n", "add nfcf6-active 2001:db8::100\n"} {
 		if !strings.Contains(saved, w) {
 			t.Errorf("ipset save lacks %q", w)
 		}

@@ -9,7 +9,8 @@
 //	vip   registered VIPs: SYN, FIN and RST are queued, with bypass
 //	full  everything of the VIP is queued, both directions, with bypass
 //	away  everything of the VIP is queued, both directions, without bypass
-//	icmp  ICMP errors for the VIP are queued, with bypass
+//	active hash:ip of VIPs in full or away, or with translated flows: the bulk of all others returns
+//	      at the first rule; ICMP errors for the VIP are queued, with bypass
 //	skip  (VIP, local port) that is never captured
 //	flow  (remote address, remote port, VIP) of translated flows: queued without bypass
 //
@@ -102,16 +103,16 @@ const (
 	VIP Set = iota
 	Full
 	Away
-	ICMP
+	Active
 	Skip
 	Flow
 	numSets
 )
 
-var setNames = [numSets]string{"vip", "full", "away", "icmp", "skip", "flow"}
+var setNames = [numSets]string{"vip", "full", "away", "active", "skip", "flow"}
 
 // AllSets returns every set.
-func AllSets() []Set { return []Set{VIP, Full, Away, ICMP, Skip, Flow} }
+func AllSets() []Set { return []Set{VIP, Full, Away, Active, Skip, Flow} }
 
 // String is the set's name without its family prefix.
 func (s Set) String() string {
@@ -139,7 +140,7 @@ func (s Set) maxElem(cfg Config) uint32 {
 	return smallMaxElem
 }
 
-// Change adds one entry to a set or deletes it. In VIP, Full, Away and ICMP the entry is IP, a VIP. In Skip
+// Change adds one entry to a set or deletes it. In VIP, Full, Away and Active the entry is IP, a VIP. In Skip
 // it is the VIP IP and its TCP port Port. In Flow it is the remote's address IP and TCP port Port, and the
 // VIP Peer. The family follows from IP; an IPv4-mapped IPv6 address counts as IPv4.
 type Change struct {

@@ -60,7 +60,7 @@ func TestChangeNormalize(t *testing.T) {
 		}
 	}
 	bad := []Change{
-		{}, {Set: VIP}, {Set: numSets, IP: v4}, {Set: 255, IP: v4}, {Set: VIP, IP: v4, Port: 1}, {Set: ICMP, IP: v4, Peer: v4},
+		{}, {Set: VIP}, {Set: numSets, IP: v4}, {Set: 255, IP: v4}, {Set: VIP, IP: v4, Port: 1}, {Set: Active, IP: v4, Peer: v4},
 		{Set: Flow, IP: v4, Port: 1}, {Set: Flow, IP: v4, Port: 1, Peer: v6}, {Set: Flow, IP: v6.WithZone("lo"), Peer: v6},
 		{Set: Flow, IP: v6, Peer: v6.WithZone("lo")}, {Set: VIP, IP: netip.IPv4Unspecified()},
 	}

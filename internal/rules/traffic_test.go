@@ -127,6 +127,11 @@ func TestConnectedQueuesOnlyEdges(t *testing.T) {
 	}
 	must(t, l.m.Apply(change(Full, true)))
 	must(t, talk(c, 1<<20, patience))
+	if in := hits(t, l.node, "raw", ChainIn, "nfcf4-full"); in != 0 {
+		t.Errorf("full capture took %d packets of a VIP that is not active", in)
+	}
+	must(t, l.m.Apply(change(Active, true)))
+	must(t, talk(c, 1<<20, patience))
 	in, post = hits(t, l.node, "raw", ChainIn, "nfcf4-full"), hits(t, l.node, "mangle", ChainPost, "nfcf4-full")
 	if in < 10 || post < 10 {
 		t.Errorf("full capture took %d packets in and %d out", in, post)
@@ -136,7 +141,7 @@ func TestConnectedQueuesOnlyEdges(t *testing.T) {
 func TestAwayAndFlowNeverBypass(t *testing.T) {
 	l := newLink(t)
 	must(t, l.m.Apply(change(VIP, true)))
-	must(t, l.m.Apply(change(Full, true)))
+	must(t, l.m.Apply(append(change(Active, true), change(Full, true)...)))
 	c := l.dial(t, l.remote, vipPort())
 	must(t, talk(c, 100, patience))
 	remote := c.LocalAddr().(*net.TCPAddr).AddrPort()
@@ -229,7 +234,7 @@ func TestAwayLetsNoResetOut(t *testing.T) {
 
 func TestICMPErrors(t *testing.T) {
 	l := newLink(t)
-	must(t, l.m.Apply(change(ICMP, true)))
+	must(t, l.m.Apply(change(Active, true)))
 	c := l.dial(t, l.remote, vipPort())
 	must(t, talk(c, 10, patience))
 	// The remote turns the server's segments away, so that its kernel sends port unreachable to the VIP.

@@ -71,7 +71,7 @@ const (
 	SetVIP Set = iota
 	SetFull
 	SetAway
-	SetICMP
+	SetActive
 	SetSkip
 	SetFlow
 )

@@ -78,8 +78,9 @@ type app struct {
 	includeNets, excludeNets   []netip.Prefix
 	listen                     []uint16 // ports that were listened on at SNAPSHOTSTART
 
-	conns []*conn
-	count [appstate.Removed + 1]uint32
+	conns      []*conn
+	count      [appstate.Removed + 1]uint32
+	translated int // connections
 
 	sealed      bool
 	quiet       Time
@@ -265,6 +266,7 @@ func (e *Engine) remove(c *conn, fx *Effects) {
 	a := c.app
 	if c.translated {
 		e.flow(c, false, fx)
+		a.settle(fx)
 	}
 	e.unkeep(c)
 	a.bytesIn += c.bytesIn
@@ -281,6 +283,11 @@ func (e *Engine) remove(c *conn, fx *Effects) {
 
 // flow puts the connection into the set of translated flows or takes it out.
 func (e *Engine) flow(c *conn, add bool, fx *Effects) {
+	if c.translated = add; add {
+		c.app.translated++
+	} else {
+		c.app.translated--
+	}
 	fx.Sets = append(fx.Sets, SetChange{Set: SetFlow, Add: add,
 		IP: c.id.Remote.Addr(), Port: c.id.Remote.Port(), Peer: c.id.Local.Addr()})
 }

@@ -208,6 +208,7 @@ func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 	}
 	if c.translated {
 		e.flow(c, false, fx)
+		c.app.settle(fx)
 	}
 	e.unkeep(c)
 	state := c.state

@@ -308,7 +308,7 @@ func (e *Engine) unregister(b *Unregister, a *app, fx *Effects) (any, error) {
 		}
 		e.remove(c, fx)
 	}
-	a.setVIP(fx, false, SetFull, SetICMP, SetVIP, SetAway)
+	a.setVIP(fx, false, SetFull, SetActive, SetVIP, SetAway)
 	for _, p := range a.exclude {
 		for _, v := range a.vips {
 			fx.Sets = append(fx.Sets, SetChange{Set: SetSkip, IP: v, Port: p})

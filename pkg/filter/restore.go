@@ -132,11 +132,12 @@ func (e *Engine) toLocal(c *conn, flags uint8) packet.Spec {
 // open lets traffic of a re-established connection flow: kept octets first,
 // then the window that was closed.
 func (e *Engine) open(now Time, c *conn, fx *Effects) {
-	c.translated = true
 	c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false
 	c.fwd = false
 	c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
-	e.flow(c, true, fx)
+	if !c.translated {
+		e.flow(c, true, fx)
+	}
 	if c.state == appstate.Rst {
 		sp := e.toLocal(c, packet.RST|packet.ACK)
 		fx.send(&sp, true)

@@ -12,7 +12,7 @@ import (
 
 func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, fx *Effects) (any, error, bool) {
 	a.set(appstate.SnapshotStart, fx, "snapshot announced")
-	a.setVIP(fx, true, SetFull, SetICMP)
+	a.setVIP(fx, true, SetActive, SetFull)
 	a.sealed, a.wake, a.wakeAt = false, false, 0
 	if b.Listen != nil {
 		a.listen = slices.Clone(b.Listen)
@@ -282,16 +282,18 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 		c.frozen, c.sealed, c.fwd, c.asks = false, false, false, 0
 	}
 	a.setVIP(fx, false, SetFull, SetAway)
-	if !a.anyTranslated() {
-		a.setVIP(fx, false, SetICMP)
-	}
 	a.sealed, a.wake, a.wakeAt = false, false, 0
 	a.set(appstate.Restored, fx, why)
+	a.settle(fx)
 	e.handSyns(now, a, fx)
 }
 
-func (a *app) anyTranslated() bool {
-	return slices.ContainsFunc(a.conns, func(c *conn) bool { return c.translated })
+// settle takes the application out of the set of those to be looked at when
+// nothing of it is away or translated any more.
+func (a *app) settle(fx *Effects) {
+	if a.translated == 0 && (a.state == appstate.Restored || a.state == appstate.Connected) {
+		a.setVIP(fx, false, SetActive)
+	}
 }
 
 // handSyns delivers the kept SYNs to local, as connections that begin now.
@@ -390,6 +392,7 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 	a.setVIP(fx, false, SetAway)
 	a.sealed, a.wake, a.wakeAt = false, false, 0
 	a.set(appstate.Restored, fx, fmt.Sprintf("%d connections re-established", len(a.conns)))
+	a.settle(fx)
 	e.handSyns(now, a, fx)
 	res.State = a.state
 	return res, nil

@@ -13,7 +13,8 @@
 #   vip   VIPs of registered applications: SYN, FIN and RST are queued, bulk never leaves the kernel
 #   full  VIPs of which everything is queued (a snapshot is announced)
 #   away  VIPs whose application is frozen or gone: everything is queued, and dropped without a filter
-#   icmp  VIPs whose ICMP errors are queued
+#   active  VIPs with anything in full, away or flow: the bulk of all others returns at the first rule;
+#         ICMP errors for these are queued
 #   skip  VIP,tcp:port that is never captured
 #   flow  remote,tcp:port,VIP of connections whose numbers are translated; dropped without a filter
 # --queue-bypass lets packets pass while no filter runs. The rules without it stand first.
@@ -72,7 +73,7 @@ sets() {
 	ipset create -exist "$1vip" hash:ip family "$2" maxelem 65536
 	ipset create -exist "$1full" hash:ip family "$2" maxelem 65536
 	ipset create -exist "$1away" hash:ip family "$2" maxelem 65536
-	ipset create -exist "$1icmp" hash:ip family "$2" maxelem 65536
+	ipset create -exist "$1active" hash:ip family "$2" maxelem 65536
 	ipset create -exist "$1skip" hash:ip,port family "$2" maxelem 65536
 	ipset create -exist "$1flow" hash:ip,port,ip family "$2" maxelem "$maxelem"
 }
@@ -84,7 +85,7 @@ icmp_errors() {
 	*) match='-p ipv6-icmp -m icmp6 --icmpv6-type' types='1 2 3 4' ;;
 	esac
 	for t in $types; do
-		echo "-A NFCF-IN $match $t -m set --match-set $2icmp dst -j NFQUEUE --queue-num $queue --queue-bypass"
+		echo "-A NFCF-IN $match $t -m set --match-set $2active dst -j NFQUEUE --queue-num $queue --queue-bypass"
 	done
 }
 
@@ -95,6 +96,8 @@ rules() {
 		*raw
 		:NFCF-IN - [0:0]
 		:NFCF-OUT - [0:0]
+		# bulk of what is neither away nor translated
+		-A NFCF-IN -p tcp -m tcp --tcp-flags FIN,SYN,RST NONE -m set ! --match-set $2active dst -j RETURN
 		# the filter's own packets
 		-A NFCF-IN -m mark --mark $notrack -j CT --notrack
 		-A NFCF-IN -m mark --mark $mark/$mask -j RETURN
@@ -108,6 +111,7 @@ rules() {
 		-A NFCF-IN -p tcp -m set --match-set $2full dst -j NFQUEUE --queue-num $queue --queue-bypass
 		-A NFCF-IN -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip dst -j NFQUEUE --queue-num $queue --queue-bypass
 		$(icmp_errors "$1" "$2")
+		-A NFCF-OUT -p tcp -m tcp --tcp-flags FIN,SYN,RST NONE -m set ! --match-set $2active src -j RETURN
 		-A NFCF-OUT -m mark --mark $notrack -j CT --notrack
 		-A NFCF-OUT -m mark --mark $mark/$mask -j RETURN
 		-A NFCF-OUT -o lo -j RETURN
@@ -123,6 +127,7 @@ rules() {
 	"$1-restore" -w --noflush <<-EOF
 		*mangle
 		:NFCF-POST - [0:0]
+		-A NFCF-POST -p tcp -m tcp --tcp-flags FIN,SYN,RST NONE -m set ! --match-set $2active src -j RETURN
 		-A NFCF-POST -m mark --mark $mark/$mask -j RETURN
 		-A NFCF-POST -o lo -j RETURN
 		-A NFCF-POST -m set --match-set $2skip src,src -j RETURN
@@ -149,7 +154,7 @@ remove() {
 	unhook "$1" raw PREROUTING NFCF-IN
 	unhook "$1" raw OUTPUT NFCF-OUT
 	unhook "$1" mangle POSTROUTING NFCF-POST
-	for s in vip full away icmp skip flow; do
+	for s in vip full away active skip flow; do
 		# The kernel lets go of a set a moment after the last rule that named it.
 		tries=50
 		while ipset list -n "$2$s" >/dev/null 2>&1 && ! ipset destroy "$2$s" 2>/dev/null; do
