@@ -157,7 +157,7 @@ var connNext = [...][]Conn{
 	SynSent:    {Connect, Removed},
 	SynRcvd:    {Connect, Closing, ConnectRmt, Removed},
 	Connect:    {Closing, ConnectRmt, Rst, SynRcvd, Removed},
-	Closing:    {ConnectRmt, Rst, SynRcvd, SynSent, Removed},
+	Closing:    {Connect, ConnectRmt, Rst, SynRcvd, SynSent, Removed},
 	ConnectRmt: {Restoring, Rst, Connect, Closing, Removed},
 	Rst:        {Restoring, Removed},
 	Restoring:  {Connect, Closing, ConnectRmt, Rst, Removed},

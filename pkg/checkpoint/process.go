@@ -106,8 +106,12 @@ func (p *osProcess) freeze(ctx context.Context) error {
 
 // stopTree sends SIGSTOP to every member until a look finds no new one and all
 // threads stand still: what was forked between look and signal is found then.
+// A parent inside vfork(2) cannot stop before its child has executed, and the
+// child cannot execute when it was stopped first: then all go on for a moment.
 func (p *osProcess) stopTree(ctx context.Context) error {
+	const patience = 200 * time.Millisecond
 	told := map[int]uint64{}
+	since := time.Now()
 	return poll(ctx, pollFirst, pollMost, func() (bool, error) {
 		m, err := p.members()
 		if err != nil {
@@ -124,6 +128,13 @@ func (p *osProcess) stopTree(ctx context.Context) error {
 		}
 		for _, s := range m {
 			stable = stable && tasksStopped(s.pid)
+		}
+		if !stable && time.Since(since) > patience {
+			if err := p.signal(unix.SIGCONT); err != nil {
+				return false, err
+			}
+			clear(told)
+			since = time.Now()
 		}
 		return stable, nil
 	})

@@ -44,6 +44,7 @@ type conn struct {
 
 	finIn, finOut       bool // FIN passed to local, to the remote
 	finInEnd, finOutEnd seqnum.Value
+	finAt               Time // when a remote's FIN was seen without its number being known
 	remoteFirst, closed bool // the remote closed first; both closes were acknowledged
 	expire              Time // when a closed connection is forgotten, 0: not
 
@@ -159,20 +160,44 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 	if n := s.PayloadLen(); n > 0 {
 		c.lastIn, c.last = now, remoteSpoke
 	}
-	if s.Has(packet.ACK) {
-		c.ackSeen = true
-		c.ep.NoteWindow(s)
-		if c.learned && c.ep.SndUna.Less(s.Ack) && s.Ack.LessEq(c.ep.SndNxt) {
-			c.ep.SndUna = s.Ack
-		}
+	if s.Has(packet.FIN) && !c.learned {
+		c.finIn, c.finInEnd, c.finAt = true, s.End(), now // a guess: sock_diag tells at SNAPSHOTSTART
+		c.closing(now)
 	}
-	if s.Opt.HasTS && (!c.learned || c.ep.TSAt == 0 || seqnum.NewerTS(s.Opt.TSVal, c.ep.TSRec)) {
+	if !s.Has(packet.ACK) {
+		return
+	}
+	if !c.learned {
+		c.ackSeen = c.ackSeen || c.handshake && s.Ack == c.ep.SndNxt
+		c.ep.NoteWindow(s)
+		return
+	}
+	// Only a segment that local takes tells anything: outsiders send others.
+	if !c.plausible(s) {
+		return
+	}
+	c.ackSeen = true
+	c.ep.NoteWindow(s)
+	if c.ep.SndUna.Less(s.Ack) {
+		c.ep.SndUna = s.Ack
+	}
+	if s.Opt.HasTS && seqnum.NewerTS(s.Opt.TSVal, c.ep.TSRec) {
 		c.ep.TSRec, c.ep.TSAt = s.Opt.TSVal, now
 	}
-	if s.Has(packet.FIN) {
+	if s.Has(packet.FIN) && !c.finIn {
 		c.finIn, c.finInEnd = true, s.End()
 	}
 	c.closing(now)
+}
+
+// plausible tells whether s lies in the window and acknowledges something that
+// local may have sent.
+func (c *conn) plausible(s *packet.Segment) bool {
+	const slack = 1 << 20 // of what local has sent or taken and we have not seen yet
+	ep := &c.ep
+	right := ep.Edge.Max(ep.RcvNxt).Add(slack)
+	return s.Seq.InRange(ep.RcvNxt.Add(^uint32(slack)+1), right) &&
+		s.Ack.InRange(ep.SndUna.Add(^uint32(slack)+1), ep.SndNxt.Add(1))
 }
 
 // observeOut takes note of a segment of local that goes to the remote;

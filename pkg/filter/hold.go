@@ -10,7 +10,7 @@ import (
 // has not reached its boundary.
 func (e *Engine) letThrough(now Time, c *conn, p *Packet, fx *Effects) {
 	s := &e.seg
-	gone := s.Has(packet.RST) && (!c.learned || s.Seq == c.ep.RcvNxt)
+	gone := s.Has(packet.RST) && c.resets(s)
 	c.observeIn(now, s)
 	e.passIn(c, p, fx)
 	if fx.Reason == Pass {
@@ -60,7 +60,7 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 		fx.drop(HeldUnknown)
 		return
 	}
-	if c.refused != "" && !c.learned {
+	if !c.learned && !c.handshake {
 		fx.drop(HeldUnknown)
 		return
 	}
@@ -197,6 +197,17 @@ func (e *Engine) heldSynRcvd(now Time, c *conn, fx *Effects) {
 func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 	s := &e.seg
 	fx.drop(HeldNoted)
+	if !c.learned { // closed before anything was captured: its numbers are the remote's word
+		if s.Has(packet.FIN|packet.ACK) && c.token(now) {
+			sp := packet.Spec{Src: c.id.Local, Dst: c.id.Remote, Seq: s.Ack, Ack: s.End(), Flags: packet.ACK, Window: c.ep.Window}
+			if s.Opt.HasTS {
+				sp.HasTS, sp.TSVal, sp.TSEcr = true, s.Opt.TSEcr, s.Opt.TSVal
+			}
+			fx.send(&sp, false)
+			fx.Reason = HeldFinAcked
+		}
+		return
+	}
 	switch v := c.ep.Receive(now, s); {
 	case v == tcpemu.Reset:
 		e.remove(c, fx)

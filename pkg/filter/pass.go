@@ -142,12 +142,22 @@ func (e *Engine) inbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 		fx.accept(Pass)
 		return
 	}
-	gone := s.Has(packet.RST) && (!c.translated || s.Seq == c.ep.RcvNxt)
+	gone := s.Has(packet.RST) && c.resets(s)
 	c.observeIn(now, s)
 	e.passIn(c, p, fx)
 	if gone {
 		e.remove(c, fx)
 	}
+}
+
+// resets tells whether RST s ends the connection for its structure. Where its
+// numbers are not known a structure is not worth much and goes, but not while
+// a snapshot counts on it.
+func (c *conn) resets(s *packet.Segment) bool {
+	if c.learned {
+		return s.Seq == c.ep.RcvNxt
+	}
+	return c.app.state != appstate.SnapshotStart && c.app.state != appstate.SnapshotFreeze
 }
 
 // passIn lets a segment of the remote go on to local, translated where the
@@ -352,7 +362,8 @@ func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment) bool {
 // learn takes local's numbers from the answer to an ask.
 func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 	ep := &c.ep
-	if !c.learned {
+	fresh := !c.learned
+	if fresh {
 		c.learned = true
 		ep.SndNxt, ep.RcvNxt = seq, ack
 		ep.SndUna = seq.Add(-c.sendQueue)
@@ -369,8 +380,8 @@ func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 		if seqnum.NewerTS(tsval, ep.TSVal) || !c.handshake && !c.translated {
 			ep.TSVal = tsval
 		}
-		if ep.TSAt == 0 || seqnum.NewerTS(tsecr, ep.TSRec) {
-			ep.TSRec, ep.TSAt = tsecr, now
+		if fresh || ep.TSAt == 0 || seqnum.NewerTS(tsecr, ep.TSRec) {
+			ep.TSRec, ep.TSAt = tsecr, now // what local took for the remote's clock
 		}
 	}
 	w := s.Window

@@ -166,6 +166,9 @@ func (e *Engine) request(now Time, r *Request, fx *Effects) {
 		reply(a.result(), nil)
 		return
 	}
+	if kind == appstate.ReqSnapshotAbort || kind == appstate.ReqRestoreAbort {
+		e.cancelPending(a, fx)
+	}
 	if e.waiting(a) {
 		reply(nil, &Error{App: name, State: state, Text: fmt.Sprintf("%s refused: another request for application %q is being carried out", kind, name)})
 		return
@@ -182,6 +185,17 @@ func (a *app) result() *Result {
 
 func (e *Engine) waiting(a *app) bool {
 	return slices.ContainsFunc(e.pending, func(p *pending) bool { return p.app == a })
+}
+
+// cancelPending answers what waits for a with an error: it is given up.
+func (e *Engine) cancelPending(a *app, fx *Effects) {
+	e.pending = slices.DeleteFunc(e.pending, func(p *pending) bool {
+		if p.app != a {
+			return false
+		}
+		fx.Replies = append(fx.Replies, Reply{ID: p.id, Err: &Error{App: a.name, State: a.state, Text: "aborted by another request"}})
+		return true
+	})
 }
 
 // target names application and request of a body.

@@ -77,11 +77,16 @@ func (e *Engine) listed(now Time, a *app, s *Socket) {
 	case appstate.SynRcvd, appstate.SynSent:
 		c.set(appstate.Connect)
 	}
-	if s.CloseWait && !c.finIn {
-		c.finIn = true
-		if c.state == appstate.Connect {
-			c.set(appstate.Closing)
-		}
+	// The socket knows whether a FIN was taken; one that was only seen may have
+	// been an outsider's.
+	const listAge = 1e9 // the list may be older than a FIN just seen
+	c.finIn, c.finOut, c.closed = s.CloseWait || c.finIn && c.finAt != 0 && now-c.finAt < listAge, false, false
+	switch {
+	case c.finIn && c.state == appstate.Connect:
+		c.set(appstate.Closing)
+		c.remoteFirst = true
+	case !c.finIn && c.state == appstate.Closing:
+		c.set(appstate.Connect)
 	}
 	c.expire = 0
 	c.listed, c.ackSeen = true, true

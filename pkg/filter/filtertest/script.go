@@ -1,0 +1,363 @@
+package filtertest
+
+import (
+	"bufio"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
+)
+
+// Run plays a script and returns its trace: every line of the script behind
+// "> ", and under it what the engine did. An error names a faulty line, or a
+// packet of the engine that no TCP could take.
+//
+//	app NAME VIP PORT...                     registers an application
+//	link NAME ADDR:PORT [plain] [lscale N]   a remote; plain: no options at all
+//	open NAME                                its handshake with the running local stack
+//	remote NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [data TEXT]
+//	local  NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [data TEXT]
+//	newlocal NAME ISS TS [lscale N]          the next local socket of the connection
+//	raw HEX                                  octets from the network
+//	silent on|off                            whether the local stack answers by itself
+//	advance DURATION
+//	request WORDS...                         as in ckptctl ioctl
+//
+// Flags are joined by +, e.g. ACK or FIN+ACK. Numbers are relative: seq to the
+// next octet of that end, ack to what it has received. A segment in order moves
+// the end's numbers, and the other end's when it is let through.
+func Run(script string) (string, error) {
+	w := New()
+	sc := bufio.NewScanner(strings.NewReader(script))
+	for n := 1; sc.Scan(); n++ {
+		line := strings.TrimSpace(sc.Text())
+		if line == "" || strings.HasPrefix(line, "#") {
+			w.printf("%s\n", line)
+			continue
+		}
+		w.printf("> %s\n", line)
+		if err := w.line(line); err != nil {
+			return w.out.String(), fmt.Errorf("line %d: %s: %w", n, line, err)
+		}
+	}
+	if len(w.errs) > 0 {
+		return w.out.String(), fmt.Errorf("%s", strings.Join(w.errs, "; "))
+	}
+	return w.out.String(), nil
+}
+
+func (w *World) line(line string) error {
+	f := strings.Fields(line)
+	arg := func(i int) string {
+		if i < len(f) {
+			return f[i]
+		}
+		return ""
+	}
+	switch f[0] {
+	case "app":
+		return w.appLine(f[1:])
+	case "link":
+		return w.linkLine(f[1:])
+	case "open":
+		l := w.links[arg(1)]
+		if l == nil {
+			return fmt.Errorf("no link %q", arg(1))
+		}
+		w.open(l)
+		return nil
+	case "remote", "local":
+		return w.segmentLine(f[0] == "remote", line)
+	case "newlocal":
+		return w.newLocal(f[1:])
+	case "silent":
+		w.silent = arg(1) == "on"
+		return nil
+	case "raw":
+		var b []byte
+		if _, err := fmt.Sscanf(arg(1), "%x", &b); err != nil {
+			return err
+		}
+		w.deliver(filter.HookPrerouting, b)
+		return nil
+	case "advance":
+		d, err := time.ParseDuration(arg(1))
+		if err != nil {
+			return err
+		}
+		w.advance(d)
+		return nil
+	case "request":
+		return w.requestLine(f[1:])
+	}
+	return fmt.Errorf("unknown word %q", f[0])
+}
+
+func (w *World) appLine(f []string) error {
+	if len(f) < 2 {
+		return fmt.Errorf("app NAME VIP PORT...")
+	}
+	vip, err := netip.ParseAddr(f[1])
+	if err != nil {
+		return err
+	}
+	r := &filter.Register{App: f[0], VIPs: []netip.Addr{vip}}
+	for _, p := range f[2:] {
+		n, err := strconv.ParseUint(p, 10, 16)
+		if err != nil {
+			return err
+		}
+		r.Include = append(r.Include, uint16(n))
+	}
+	w.app = f[0]
+	w.request(r)
+	return nil
+}
+
+func (w *World) linkLine(f []string) error {
+	if len(f) < 2 {
+		return fmt.Errorf("link NAME ADDR:PORT")
+	}
+	r, err := netip.ParseAddrPort(f[1])
+	if err != nil {
+		return err
+	}
+	n := seqnum.Value(len(w.order))
+	l := &link{name: f[0], raddr: r, laddr: netip.MustParseAddrPort("10.0.0.100:6379"), ts: true, mss: 1460, scale: 7, sack: true, lscale: 7}
+	l.remote = end{iss: 0xffffff00 + n*0x1000, win: 500, ts: 1000}
+	l.local = end{iss: 0x7ffffff0 + n*0x1000, win: 510, ts: 5000}
+	for i := 2; i < len(f); i++ {
+		switch f[i] {
+		case "plain":
+			l.ts, l.scale, l.sack, l.lscale = false, -1, false, 0
+		case "lscale":
+			i++
+			v, err := strconv.Atoi(f[i])
+			if err != nil {
+				return err
+			}
+			l.lscale = uint8(v)
+		}
+	}
+	l.remote.nxt, l.local.nxt = l.remote.iss, l.local.iss
+	w.links[l.name] = l
+	w.order = append(w.order, l)
+	w.byID[filter.ConnID{Local: l.laddr, Remote: l.raddr}] = l
+	return nil
+}
+
+// rcvBase is the local's first number as the remote saw it.
+func (e *end) rcvBase() seqnum.Value { return e.base }
+
+// open plays a handshake of three segments.
+func (w *World) open(l *link) {
+	w.deliver(filter.HookPrerouting, w.segment(l, true, packet.SYN, 0, 0, nil, nil))
+	l.remote.nxt = l.remote.nxt.Add(1)
+	l.local.rcv = l.remote.nxt
+	w.deliver(filter.HookPostrouting, w.segment(l, false, packet.SYN|packet.ACK, 0, 0, nil, nil))
+	l.local.nxt = l.local.nxt.Add(1)
+	l.remote.rcv, l.remote.base = l.local.nxt, l.local.iss
+}
+
+func (w *World) newLocal(f []string) error {
+	if len(f) < 3 || w.links[f[0]] == nil {
+		return fmt.Errorf("newlocal NAME ISS TS")
+	}
+	l := w.links[f[0]]
+	iss, err := strconv.ParseUint(f[1], 0, 32)
+	if err != nil {
+		return err
+	}
+	ts, err := strconv.ParseUint(f[2], 0, 32)
+	if err != nil {
+		return err
+	}
+	if len(f) == 5 && f[3] == "lscale" {
+		v, err := strconv.Atoi(f[4])
+		if err != nil {
+			return err
+		}
+		l.lscale = uint8(v)
+	}
+	l.local = end{iss: seqnum.Value(iss), nxt: seqnum.Value(iss), ts: uint32(ts), win: 400}
+	return nil
+}
+
+var flagBits = map[string]uint8{"FIN": packet.FIN, "SYN": packet.SYN, "RST": packet.RST, "PSH": packet.PSH, "ACK": packet.ACK, "URG": packet.URG}
+
+// segmentLine plays one segment of an end.
+func (w *World) segmentLine(fromRemote bool, line string) error {
+	text, data, hasData := strings.Cut(line, " data ")
+	f := strings.Fields(text)
+	if len(f) < 3 || w.links[f[1]] == nil {
+		return fmt.Errorf("a link and flags are needed")
+	}
+	l := w.links[f[1]]
+	var flags uint8
+	for _, n := range strings.Split(f[2], "+") {
+		b, ok := flagBits[n]
+		if !ok && n != "NONE" {
+			return fmt.Errorf("unknown flag %q", n)
+		}
+		flags |= b
+	}
+	e := &l.local
+	if fromRemote {
+		e = &l.remote
+	}
+	var dseq, dack int64
+	var win *uint16
+	for i := 3; i+1 < len(f); i += 2 {
+		v, err := strconv.ParseInt(f[i+1], 10, 64)
+		if err != nil {
+			return err
+		}
+		switch f[i] {
+		case "seq":
+			dseq = v
+		case "ack":
+			dack = v
+		case "win":
+			x := uint16(v)
+			win = &x
+		case "ts":
+			e.ts += uint32(v)
+		default:
+			return fmt.Errorf("unknown word %q", f[i])
+		}
+	}
+	var payload []byte
+	if hasData {
+		s, err := strconv.Unquote(data)
+		if err != nil {
+			return fmt.Errorf("data %s: %w", data, err)
+		}
+		payload = []byte(s)
+	}
+	b := w.segment(l, fromRemote, flags, dseq, dack, payload, win)
+	if dseq == 0 {
+		n := uint32(len(payload))
+		if flags&(packet.FIN|packet.SYN) != 0 {
+			n++
+		}
+		e.nxt = e.nxt.Add(n)
+		e.fin = e.fin || flags&packet.FIN != 0
+	}
+	if fromRemote {
+		w.deliver(filter.HookPrerouting, b)
+	} else {
+		w.deliver(w.hook(), b)
+	}
+	w.arrive(l, fromRemote)
+	return nil
+}
+
+// arrive lets the other end take what the engine let through.
+func (w *World) arrive(l *link, fromRemote bool) {
+	if w.passed == nil {
+		return
+	}
+	var s packet.Segment
+	if s.Parse(w.passed) != packet.OK {
+		return
+	}
+	other := &l.local
+	if !fromRemote {
+		other = &l.remote
+	}
+	if s.Seq == other.rcv && s.Flags&packet.SYN == 0 {
+		other.rcv = s.End()
+	}
+}
+
+func (w *World) requestLine(f []string) error {
+	if len(f) == 0 {
+		return fmt.Errorf("which request?")
+	}
+	arg := func(i int) string {
+		if i < len(f) {
+			return f[i]
+		}
+		return ""
+	}
+	app := w.app
+	switch f[0] {
+	case "SNAPSHOTSTART":
+		r := &filter.SnapshotStart{App: app, Listen: []uint16{6379}, LeaveOut: arg(1) == "leave-out"}
+		if arg(1) != "blind" {
+			r.Sockets = w.sockets()
+		}
+		w.request(r)
+		w.advance(20 * time.Millisecond)
+	case "SNAPSHOTFREEZE":
+		w.request(&filter.SnapshotFreeze{App: app})
+	case "SEAL":
+		w.request(&filter.Seal{App: app})
+	case "SNAPSHOTDONE":
+		w.request(&filter.SnapshotDone{App: app, ID: arg(1), Force: arg(2) == "--force"})
+	case "SNAPSHOTABORT":
+		w.request(&filter.SnapshotAbort{App: app})
+	case "RESTORESTART":
+		w.request(&filter.RestoreStart{App: app, ID: arg(1)})
+	case "RESTORECONN":
+		r := &filter.RestoreConn{App: app, Kind: "syn"}
+		for _, n := range f[1:] {
+			if l := w.links[n]; l != nil {
+				r.Conns = append(r.Conns, filter.ConnID{Local: l.laddr, Remote: l.raddr})
+			}
+		}
+		w.request(r)
+	case "RESTORED":
+		w.request(&filter.Restored{App: app, ResetMissing: arg(1) == "--reset"})
+	case "RESTOREABORT":
+		w.request(&filter.RestoreAbort{App: app})
+	case "UNREGISTER":
+		w.request(&filter.Unregister{App: app, Force: arg(1) == "--force"})
+	default:
+		return fmt.Errorf("unknown request %q", f[0])
+	}
+	return nil
+}
+
+// sockets is what sock_diag would show.
+func (w *World) sockets() []filter.Socket {
+	out := []filter.Socket{}
+	for _, l := range w.order {
+		if l.local.nxt == l.local.iss || l.local.fin {
+			continue
+		}
+		out = append(out, filter.Socket{
+			ID:          filter.ConnID{Local: l.laddr, Remote: l.raddr},
+			Established: true, CloseWait: l.remote.fin, Passive: true, HasInfo: true,
+			TS: l.ts, SACK: l.sack, WScale: l.scale >= 0, RemoteScale: uint8(max(l.scale, 0)), LocalScale: l.lscale,
+			SndMSS: 1448, BytesReceived: uint64(l.local.rcv.Size(l.remote.iss.Add(1))),
+		})
+	}
+	return out
+}
+
+// Play runs a script without looking at its trace.
+func (w *World) Play(script string) error {
+	for n, line := range strings.Split(script, "\n") {
+		if line = strings.TrimSpace(line); line == "" {
+			continue
+		}
+		if err := w.line(line); err != nil {
+			return fmt.Errorf("line %d: %w", n+1, err)
+		}
+	}
+	return nil
+}
+
+// Segment builds a segment of an end of link name as a script line would.
+func (w *World) Segment(name string, fromRemote bool, flags uint8, dseq int64, data []byte) []byte {
+	return w.segment(w.links[name], fromRemote, flags, dseq, 0, data, nil)
+}
+
+// Now is the world's time, ns.
+func (w *World) Now() filter.Time { return w.now }

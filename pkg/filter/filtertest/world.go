@@ -1,0 +1,315 @@
+// Package filtertest plays scenarios against the verdict engine: text scripts
+// of what remotes, local stacks, helpers and the clock do, and the trace of
+// what the engine makes of it. The language is described at Run.
+package filtertest
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
+)
+
+// end is one end of a connection as a scenario describes it.
+type end struct {
+	iss, nxt seqnum.Value // its own numbers
+	rcv      seqnum.Value // next expected of the other side, in this end's view
+	base     seqnum.Value // of a remote: the first number that it saw of local
+	ts       uint32
+	win      uint16
+	fin      bool // it has closed
+}
+
+// link is a connection of a scenario: a remote, and the local socket of the
+// moment (a restored application brings a new one).
+type link struct {
+	name          string
+	raddr, laddr  netip.AddrPort
+	remote, local end
+	ts            bool
+	mss           uint16
+	scale         int // of the remote, -1: none
+	sack          bool
+	lscale        uint8
+}
+
+// World is an engine with everything around it.
+type World struct {
+	Engine *filter.Engine
+	fx     filter.Effects
+	now    filter.Time
+	links  map[string]*link
+	order  []*link
+	byID   map[filter.ConnID]*link
+	out    strings.Builder
+	app    string
+	away   bool // local's segments come from the output hook
+	replay uint64
+	silent bool // the local stack does not answer by itself
+	errs   []string
+	passed []byte // the last segment, as it went on; nil when it did not
+}
+
+// New makes an empty world.
+func New() *World {
+	return &World{
+		Engine: filter.New(filter.Config{Seed: 1}),
+		links:  map[string]*link{}, byID: map[filter.ConnID]*link{}, now: 1e9,
+	}
+}
+
+func (w *World) printf(format string, a ...any) { fmt.Fprintf(&w.out, format, a...) }
+
+// request hands one request to the engine.
+func (w *World) request(body any) {
+	w.replay++
+	w.engineStep(filter.Event{Request: &filter.Request{ID: w.replay, Body: body}}, false)
+}
+
+// advance lets time pass, stopping at every deadline of the engine.
+func (w *World) advance(d time.Duration) {
+	until := w.now + int64(d)
+	for {
+		at := w.Engine.NextDeadline()
+		if at == 0 || at > until {
+			break
+		}
+		w.now = max(at, w.now)
+		w.engineStep(filter.Event{}, false)
+	}
+	w.now = until
+	w.engineStep(filter.Event{}, false)
+}
+
+// deliver gives the engine a queued packet and prints its verdict.
+func (w *World) deliver(hook uint8, data []byte) {
+	w.engineStep(filter.Event{Packet: &filter.Packet{Hook: hook, Data: data}}, true)
+}
+
+// engineStep runs one event, prints what comes of it, and lets the local stack
+// answer what was injected into it.
+func (w *World) engineStep(ev filter.Event, verdict bool) {
+	w.Engine.Step(w.now, ev, &w.fx)
+	if verdict {
+		w.verdict(ev.Packet.Data)
+	}
+	for _, u := range w.fx.Untrack {
+		w.printf("    untrack %v\n", u.Remote)
+	}
+	for _, s := range w.fx.Sets {
+		w.printf("    set %s %v", setNames[s.Set], map[bool]string{true: "+", false: "-"}[s.Add])
+		w.printf(" %v", s.IP)
+		if s.Port != 0 {
+			w.printf(":%d", s.Port)
+		}
+		w.printf("\n")
+	}
+	for _, n := range w.fx.Notes {
+		w.printf("    state %s %q\n", n.App, n.State.String())
+		w.away = n.State.Away()
+	}
+	for _, r := range w.fx.Replies {
+		w.reply(r)
+	}
+	for _, r := range w.fx.Restores {
+		w.printf("    restore request for %v\n", r.IP)
+	}
+	sends := make([][]byte, 0, len(w.fx.Sends))
+	for _, s := range w.fx.Sends {
+		sends = append(sends, append([]byte(nil), s.Data...))
+	}
+	w.fx.Reset()
+	for _, b := range sends {
+		w.sent(b)
+	}
+}
+
+var setNames = [...]string{"vip", "full", "away", "active", "skip", "flow"}
+
+func (w *World) verdict(data []byte) {
+	w.passed = nil
+	if w.fx.Verdict == filter.Accept {
+		w.passed = data
+	}
+	w.printf("    %s %s\n", [...]string{"drop", "accept", "modified"}[w.fx.Verdict], w.fx.Reason)
+	if w.fx.Verdict != filter.Modified {
+		return
+	}
+	var s packet.Segment
+	if f := s.Parse(w.fx.Out); f != packet.OK {
+		w.printf("    modified into %v\n", f)
+		return
+	}
+	w.passed = append([]byte(nil), w.fx.Out...)
+	w.printf("    as %s\n", w.describe(&s))
+	if !s.ChecksumOK() {
+		w.fail("a rewritten segment has a wrong checksum")
+	}
+}
+
+func (w *World) reply(r filter.Reply) {
+	if r.Err != nil {
+		w.printf("    refused: %v\n", r.Err)
+		return
+	}
+	if res, ok := r.Body.(*filter.Result); ok {
+		w.printf("    done %q", res.State.String())
+		for _, n := range res.Notes {
+			w.printf(" (%s)", n)
+		}
+		w.printf("\n")
+	}
+}
+
+// sent prints an injected segment; the local stack answers what is for it.
+func (w *World) sent(b []byte) {
+	var s packet.Segment
+	if f := s.Parse(b); f != packet.OK || !s.ChecksumOK() {
+		w.fail(fmt.Sprintf("a sent segment is broken: %v", f))
+		return
+	}
+	if l := w.byID[filter.ConnID{Local: s.Dst, Remote: s.Src}]; l != nil {
+		if ask := s.PayloadLen() == 1 && l.local.rcv.Size(s.Seq) > 1<<29; ask {
+			w.printf("    ask %s\n", l.name)
+			if !w.silent {
+				w.answerAsk(l, s.Seq)
+			}
+			return
+		}
+		w.printf("    to local  %s\n", w.describe(&s))
+		if !w.silent {
+			w.localTakes(l, &s)
+		}
+		return
+	}
+	w.printf("    to remote %s\n", w.describe(&s))
+}
+
+// answerAsk plays local's duplicate ACK with a DSACK for the octet of an ask.
+func (w *World) answerAsk(l *link, left seqnum.Value) {
+	b := w.segment(l, false, packet.ACK, 0, 0, nil, nil)
+	if l.sack {
+		b = withSACK(b, left, left.Add(1))
+	}
+	w.deliver(w.hook(), b)
+}
+
+// localTakes lets the model of the local stack take an injected segment: SYN
+// is answered, octets in order are acknowledged.
+func (w *World) localTakes(l *link, s *packet.Segment) {
+	switch {
+	case s.Has(packet.SYN):
+		l.local.rcv = s.Seq.Add(1)
+		l.local.nxt = l.local.iss
+		b := w.segment(l, false, packet.SYN|packet.ACK, 0, 0, nil, nil)
+		l.local.nxt = l.local.iss.Add(1)
+		w.deliver(filter.HookOutput, append([]byte(nil), b...))
+		w.deliver(filter.HookPostrouting, b)
+	case s.Len() > 0 && s.Seq == l.local.rcv:
+		l.local.rcv = s.End()
+		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
+	}
+}
+
+func (w *World) hook() uint8 {
+	if w.away {
+		return filter.HookOutput
+	}
+	return filter.HookPostrouting
+}
+
+func (w *World) fail(what string) {
+	w.errs = append(w.errs, what)
+	w.printf("    FAULT: %s\n", what)
+}
+
+// segment builds a segment of one end. dseq and dack shift its numbers.
+func (w *World) segment(l *link, fromRemote bool, flags uint8, dseq, dack int64, data []byte, win *uint16) []byte {
+	e, src, dst := &l.local, l.laddr, l.raddr
+	scale := int(l.lscale)
+	if fromRemote {
+		e, src, dst, scale = &l.remote, l.raddr, l.laddr, l.scale
+	}
+	sp := packet.Spec{Src: src, Dst: dst, Seq: e.nxt.Add(uint32(dseq)), Flags: flags, Window: e.win, Payload: data}
+	if flags&packet.ACK != 0 {
+		sp.Ack = e.rcv.Add(uint32(dack))
+	}
+	if win != nil {
+		sp.Window = *win
+	}
+	if l.ts {
+		sp.HasTS, sp.TSVal = true, e.ts
+	}
+	if flags&packet.SYN != 0 {
+		sp.MSS, sp.SACKPermitted = l.mss, l.sack
+		if l.scale >= 0 {
+			sp.HasWScale, sp.WScale = true, uint8(scale)
+		}
+	}
+	return sp.Build(make([]byte, sp.Size()))
+}
+
+// withSACK rebuilds b with one SACK block in front of the other options.
+func withSACK(b []byte, left, right seqnum.Value) []byte {
+	ihl := 20
+	hl := int(b[ihl+12]>>4) * 4
+	opt := []byte{1, 1, 5, 10, byte(left >> 24), byte(left >> 16), byte(left >> 8), byte(left),
+		byte(right >> 24), byte(right >> 16), byte(right >> 8), byte(right)}
+	out := append([]byte(nil), b[:ihl+hl]...)
+	out = append(out, opt...)
+	out = append(out, b[ihl+hl:]...)
+	out[ihl+12] = byte((hl+len(opt))/4) << 4
+	out[2], out[3] = byte(len(out)>>8), byte(len(out))
+	out[10], out[11] = 0, 0
+	c := ^packet.Sum(out[:20], 0)
+	out[10], out[11] = byte(c>>8), byte(c)
+	var s packet.Segment
+	if s.Parse(out) == packet.OK {
+		s.FillChecksum()
+	}
+	return out
+}
+
+// describe prints a segment with numbers relative to those of the two ends:
+// to and from a remote in the remote's view, to local in local's.
+func (w *World) describe(s *packet.Segment) string {
+	l := w.byID[filter.ConnID{Local: s.Src, Remote: s.Dst}]
+	seq, ack := seqnum.Value(0), seqnum.Value(0)
+	name := fmt.Sprintf("%v>%v", s.Src, s.Dst)
+	if l != nil { // towards the remote: relative to what it saw first
+		name, seq, ack = l.name, l.remote.rcvBase(), l.remote.iss
+	} else if l = w.byID[filter.ConnID{Local: s.Dst, Remote: s.Src}]; l != nil {
+		name, seq, ack = l.name, l.remote.iss, l.local.iss
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s %s seq %d", name, flagNames(s.Flags), s.Seq.Sub(seq))
+	if s.Has(packet.ACK) {
+		fmt.Fprintf(&b, " ack %d", s.Ack.Sub(ack))
+	}
+	fmt.Fprintf(&b, " win %d", s.Window)
+	if s.Opt.HasTS {
+		fmt.Fprintf(&b, " ts %d/%d", s.Opt.TSVal, s.Opt.TSEcr)
+	}
+	for i := range s.Opt.SACKBlocks {
+		x, y := s.SACKBlock(i)
+		fmt.Fprintf(&b, " sack %d-%d", x.Sub(ack), y.Sub(ack))
+	}
+	if s.PayloadLen() > 0 {
+		fmt.Fprintf(&b, " %q", s.Payload())
+	}
+	return b.String()
+}
+
+func flagNames(f uint8) string {
+	var n []string
+	for i, s := range []string{"FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR"} {
+		if f&(1<<i) != 0 && s != "PSH" {
+			n = append(n, s)
+		}
+	}
+	return strings.Join(n, "+")
+}

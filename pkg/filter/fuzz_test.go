@@ -1,0 +1,133 @@
+package filter_test
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"testing"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+)
+
+var (
+	fuzzVIP    = netip.MustParseAddr("10.0.0.100")
+	fuzzRemote = netip.MustParseAddr("10.0.0.2")
+)
+
+// FuzzStep feeds the engine with events made of octets: segments of three
+// connections with any flags and numbers near the right ones, requests in any
+// order, time. Nothing may panic, and the same octets give the same effects.
+func FuzzStep(f *testing.F) {
+	f.Add([]byte{})
+	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 2, 1, 3, 2, 4, 50, 2, 3, 2, 4, 0, 0x10, 0, 1, 0, 0, 2, 5, 4, 200, 2, 7})
+	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 0, 0x11, 0, 1, 0, 1, 2, 1, 2, 2, 1, 0x11, 0, 1, 0, 1, 2, 3, 2, 4, 2, 5, 2, 6, 1, 0x12, 0, 0, 0, 0, 2, 7, 2, 8})
+	f.Fuzz(func(t *testing.T, in []byte) {
+		if len(in) > 4096 {
+			return
+		}
+		a, b := play(in), play(in)
+		if a != b {
+			t.Fatalf("two runs of the same events differ: %d, %d", a, b)
+		}
+	})
+}
+
+// play runs the events of in and returns a sum over the effects.
+func play(in []byte) uint64 {
+	e := filter.New(filter.Config{Seed: 7, MaxConns: 8, MaxSyns: 2, KeepPerConn: 64, KeepTotal: 100})
+	var fx filter.Effects
+	now, sum, id := filter.Time(1), uint64(0), uint64(0)
+	step := func(ev filter.Event) {
+		e.Step(now, ev, &fx)
+		if ev.Packet != nil {
+			sum = sum*31 + uint64(fx.Verdict)<<8 + uint64(fx.Reason)
+		}
+		for _, s := range fx.Sends {
+			sum = sum*31 + uint64(packet.Sum(s.Data, 0))
+		}
+		sum = sum*31 + uint64(len(fx.Sets)+len(fx.Replies)<<8+len(fx.Restores)<<16)
+		fx.Reset()
+	}
+	req := func(b any) {
+		id++
+		step(filter.Event{Request: &filter.Request{ID: id, Body: b}})
+	}
+	req(&filter.Register{App: "a", VIPs: []netip.Addr{fuzzVIP}, Include: []uint16{80}})
+	next := func() byte {
+		if len(in) == 0 {
+			return 0
+		}
+		b := in[0]
+		in = in[1:]
+		return b
+	}
+	conn := func(n byte) filter.ConnID {
+		return filter.ConnID{Local: netip.AddrPortFrom(fuzzVIP, 80), Remote: netip.AddrPortFrom(fuzzRemote, 1000+uint16(n%3))}
+	}
+	for len(in) > 0 {
+		switch op := next(); op % 5 {
+		case 0, 1:
+			flags, c := next(), conn(next())
+			sp := packet.Spec{Src: c.Remote, Dst: c.Local, Flags: flags, Window: uint16(next()),
+				HasTS: op&8 == 0, TSVal: uint32(op), MSS: uint16(op>>6) * 1000, SACKPermitted: op&16 == 0, HasWScale: op&32 == 0, WScale: 3}
+			hook := uint8(filter.HookPrerouting)
+			if op%5 == 1 {
+				sp.Src, sp.Dst = sp.Dst, sp.Src
+				hook = []uint8{filter.HookOutput, filter.HookPostrouting}[op>>7]
+			}
+			sp.Seq = sp.Seq.Add(uint32(int8(next())))
+			sp.Ack = sp.Ack.Add(uint32(int8(next())))
+			sp.Payload = in[:min(len(in), int(op>>5))]
+			data := sp.Build(make([]byte, sp.Size()))
+			if op == 250 {
+				data = in
+			}
+			step(filter.Event{Packet: &filter.Packet{Hook: hook, Data: data}})
+		case 2:
+			request(next(), conn, req)
+		case 3:
+			now += int64(next()) * 1e6
+			step(filter.Event{})
+		default:
+			now += int64(binary.LittleEndian.Uint16([]byte{next(), next()})) * 1e9
+			step(filter.Event{})
+		}
+	}
+	return sum
+}
+
+func request(n byte, conn func(byte) filter.ConnID, req func(any)) {
+	force := n&128 != 0
+	switch n % 16 {
+	case 1:
+		var socks []filter.Socket
+		for i := range n >> 4 & 3 {
+			socks = append(socks, filter.Socket{ID: conn(i), Established: true, Passive: true, CloseWait: force, HasInfo: true, TS: true, SACK: true})
+		}
+		req(&filter.SnapshotStart{App: "a", Sockets: socks, Listen: []uint16{80}, LeaveOut: force})
+	case 2:
+		req(&filter.SnapshotFreeze{App: "a"})
+	case 3:
+		req(&filter.Seal{App: "a"})
+	case 4:
+		req(&filter.SnapshotDone{App: "a", ID: "s", Force: force})
+	case 5:
+		req(&filter.RestoreStart{App: "a", ID: "s"})
+	case 6:
+		req(&filter.RestoreConn{App: "a", Kind: "syn", Conns: []filter.ConnID{conn(0), conn(1), conn(2)}})
+	case 7:
+		req(&filter.Restored{App: "a", ResetMissing: force})
+	case 8:
+		req(&filter.RestoreAbort{App: "a"})
+	case 9:
+		req(&filter.SnapshotAbort{App: "a"})
+	case 10:
+		req(&filter.Unregister{App: "a", Force: force})
+	case 11:
+		req(&filter.Register{App: "a", VIPs: []netip.Addr{fuzzVIP}, Include: []uint16{80}})
+	case 12:
+		req(&filter.GetConnInfo{App: "a"})
+	default:
+		req(&filter.Status{})
+	}
+}

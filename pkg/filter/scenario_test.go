@@ -1,0 +1,69 @@
+package filter_test
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter/filtertest"
+)
+
+var update = flag.Bool("update", false, "write the golden traces anew")
+
+// TestScenarios plays testdata/*.txt and compares with the golden traces.
+func TestScenarios(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txt")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no scenarios: %v", err)
+	}
+	for _, f := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(f), ".txt"), func(t *testing.T) {
+			script, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			trace, err := filtertest.Run(string(script))
+			if err != nil {
+				t.Fatalf("%v\n%s", err, trace)
+			}
+			if again, _ := filtertest.Run(string(script)); again != trace {
+				t.Error("the same events gave another trace")
+			}
+			golden := strings.TrimSuffix(f, ".txt") + ".trace"
+			if *update {
+				if err := os.WriteFile(golden, []byte(trace), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(want) != trace {
+				t.Errorf("the trace differs from %s (go test -update writes it anew)\n%s", golden, diff(string(want), trace))
+			}
+		})
+	}
+}
+
+// diff shows the first lines that differ.
+func diff(want, got string) string {
+	w, g := strings.Split(want, "\n"), strings.Split(got, "\n")
+	for i := range max(len(w), len(g)) {
+		var a, b string
+		if i < len(w) {
+			a = w[i]
+		}
+		if i < len(g) {
+			b = g[i]
+		}
+		if a != b {
+			from := max(i-4, 0)
+			return strings.Join(w[from:i], "\n") + "\nwant: " + a + "\ngot:  " + b
+		}
+	}
+	return ""
+}
