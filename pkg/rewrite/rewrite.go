@@ -24,7 +24,8 @@ type Translation struct {
 	ScaleLocal, ScaleSeen uint8
 }
 
-// Edge is the right window edge that a remote was promised, in its view.
+// Edge is the right window edge that local granted last, in the remote's view
+// and before rounding to the remote's units.
 type Edge struct {
 	Right seqnum.Value
 	Known bool
@@ -86,23 +87,24 @@ func (t *Translation) Inbound(s *packet.Segment) {
 
 // Window turns window field w of a segment that acknowledges ack (remote's
 // view) into the field that the remote reads with the scale it was told. A
-// window that is not zero rounds up, so that it never becomes zero and the
-// announced edge never moves back for rounding; values end at 65535. Zero
-// stays zero: local sends the update that opens it.
+// window that is not zero rounds up: it never becomes zero, and the remote
+// never reads less than local granted, also before, where local's own rounding
+// took a little back. Between two segments the edge that the remote reads can
+// step back by less than one of its units; rounding from the edge read before
+// would instead drift ever farther from what local takes. Values end at 65535.
+// Zero stays zero: local sends the update that opens it.
 func (t *Translation) Window(w uint16, ack seqnum.Value, e *Edge) uint16 {
 	if w == 0 {
 		return 0
 	}
 	unit := uint32(1)<<t.ScaleSeen - 1
-	octets := uint32(w) << t.ScaleLocal
-	right := ack.Add(octets)
-	if e.Known && right.Less(e.Right) && e.Right.Size(right) <= unit {
-		right = e.Right // moved back by our rounding only
+	right := ack.Add(uint32(w) << t.ScaleLocal)
+	if e.Known && right.Less(e.Right) && e.Right.Size(right) < uint32(1)<<t.ScaleLocal {
+		right = e.Right
 	}
+	e.Right, e.Known = right, true
 	field := (uint64(right.Size(ack)) + uint64(unit)) >> t.ScaleSeen
-	field = min(field, 65535)
-	e.Right, e.Known = ack.Add(uint32(field)<<t.ScaleSeen), true
-	return uint16(field)
+	return uint16(min(field, 65535))
 }
 
 // ICMP rewrites the segment quoted in an ICMP error, which the remote side of

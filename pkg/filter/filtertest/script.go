@@ -100,7 +100,7 @@ func (w *World) line(line string) error {
 
 func (w *World) appLine(f []string) error {
 	if len(f) < 2 {
-		return fmt.Errorf("app NAME VIP PORT...")
+		return fmt.Errorf("app needs a name, a VIP and ports")
 	}
 	vip, err := netip.ParseAddr(f[1])
 	if err != nil {
@@ -121,7 +121,7 @@ func (w *World) appLine(f []string) error {
 
 func (w *World) linkLine(f []string) error {
 	if len(f) < 2 {
-		return fmt.Errorf("link NAME ADDR:PORT")
+		return fmt.Errorf("link needs a name and ADDR:PORT")
 	}
 	r, err := netip.ParseAddrPort(f[1])
 	if err != nil {
@@ -277,7 +277,7 @@ func (w *World) arrive(l *link, fromRemote bool) {
 
 func (w *World) requestLine(f []string) error {
 	if len(f) == 0 {
-		return fmt.Errorf("which request?")
+		return fmt.Errorf("a request is needed")
 	}
 	arg := func(i int) string {
 		if i < len(f) {
