@@ -67,8 +67,8 @@ type conn struct {
 	kept      []byte       // payload from keptAt on
 	keptAt    seqnum.Value // RCV.NXT of the hold
 	keptFin   bool
-	tokens    uint8
-	tokensAt  Time
+	exact     bucket // for answers to segments that only the remote can send
+	strange   bucket // for answers to all others
 
 	// The handshake with the returning local side.
 	hsIRS     seqnum.Value
@@ -135,20 +135,34 @@ func (c *conn) restorable() bool {
 	return false
 }
 
-// token takes one of the acknowledgements that a remote may be given in
-// short order: two held ends that disagree must not answer each other at
-// the speed of the wire.
-func (c *conn) token(now Time) bool {
+// bucket limits acknowledgements: two held ends that disagree must not answer
+// each other at the speed of the wire.
+type bucket struct {
+	spent uint8 // tokens that are not there
+	at    Time
+}
+
+func (b *bucket) take(now Time) bool {
 	const burst, every = 32, 10e6
-	if n := (now - c.tokensAt) / every; n > 0 {
-		c.tokens = uint8(min(int64(c.tokens)+n, burst))
-		c.tokensAt = now
+	if n := (now - b.at) / every; n > 0 {
+		b.spent -= uint8(min(int64(b.spent), n))
+		b.at = now
 	}
-	if c.tokens == 0 {
+	if b.spent == burst {
 		return false
 	}
-	c.tokens--
+	b.spent++
 	return true
+}
+
+// token takes one of the acknowledgements that a remote may be given in short
+// order. Who cannot know the connection's numbers has a budget of its own, so
+// that a flood of guesses does not use up the answers to keepalives.
+func (c *conn) token(now Time, s *packet.Segment) bool {
+	if s.Ack == c.ep.SndNxt && s.Seq.InRange(c.ep.RcvNxt.Add(^uint32(0)), c.ep.Edge.Max(c.ep.RcvNxt).Add(1)) {
+		return c.exact.take(now)
+	}
+	return c.strange.take(now)
 }
 
 // observeIn takes note of a remote's segment that passes to local; numbers

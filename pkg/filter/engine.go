@@ -253,7 +253,7 @@ func (e *Engine) newConn(now Time, a *app, id ConnID, role appstate.Role, state 
 		a.reasons[TableFull]++
 		return nil
 	}
-	c := &conn{app: a, id: id, role: role, state: state, created: now, index: len(a.conns), tokens: 32}
+	c := &conn{app: a, id: id, role: role, state: state, created: now, index: len(a.conns)}
 	c.ep.Local, c.ep.Remote = id.Local, id.Remote
 	a.conns = append(a.conns, c)
 	a.count[state]++

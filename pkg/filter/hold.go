@@ -91,7 +91,7 @@ func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 		return
 	}
 	if v.MayAnswer() {
-		if !c.token(now) {
+		if !c.token(now, s) {
 			fx.Reason = HeldLimited
 			return
 		}
@@ -120,7 +120,7 @@ func (e *Engine) heldNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effec
 		if !kept {
 			fx.Reason = HeldDataDropped
 		}
-		if c.token(now) {
+		if c.token(now, s) {
 			sp := c.ep.Ack()
 			fx.send(&sp, false)
 		}
@@ -198,7 +198,7 @@ func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 	s := &e.seg
 	fx.drop(HeldNoted)
 	if !c.learned { // closed before anything was captured: its numbers are the remote's word
-		if s.Has(packet.FIN|packet.ACK) && c.token(now) {
+		if s.Has(packet.FIN|packet.ACK) && c.token(now, s) {
 			sp := packet.Spec{Src: c.id.Local, Dst: c.id.Remote, Seq: s.Ack, Ack: s.End(), Flags: packet.ACK, Window: c.ep.Window}
 			if s.Opt.HasTS {
 				sp.HasTS, sp.TSVal, sp.TSEcr = true, s.Opt.TSEcr, s.Opt.TSVal
@@ -224,7 +224,7 @@ func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 		sp := c.ep.Rst()
 		fx.send(&sp, false)
 		e.remove(c, fx)
-	case v.MayAnswer() && c.token(now):
+	case v.MayAnswer() && c.token(now, s):
 		sp := c.ep.Ack()
 		fx.send(&sp, false)
 		fx.Reason = HeldAnswered

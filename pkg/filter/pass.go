@@ -222,7 +222,7 @@ func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 	}
 	e.unkeep(c)
 	state := c.state
-	*c = conn{app: c.app, index: c.index, id: c.id, role: appstate.Passive, state: state, created: now, tokens: 32, syn: syn}
+	*c = conn{app: c.app, index: c.index, id: c.id, role: appstate.Passive, state: state, created: now, syn: syn}
 	c.ep.Local, c.ep.Remote = c.id.Local, c.id.Remote
 	c.agree(syn.opt, s.Opt)
 	c.handshake, c.irs, c.iss = true, syn.irs, s.Seq

@@ -55,9 +55,12 @@ type World struct {
 }
 
 // New makes an empty world.
-func New() *World {
+func New() *World { return With(filter.New(filter.Config{Seed: 1})) }
+
+// With makes a world around an engine.
+func With(e *filter.Engine) *World {
 	return &World{
-		Engine: filter.New(filter.Config{Seed: 1}),
+		Engine: e,
 		links:  map[string]*link{}, byID: map[filter.ConnID]*link{}, now: 1e9,
 	}
 }

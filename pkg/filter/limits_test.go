@@ -1,0 +1,90 @@
+package filter_test
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter/filtertest"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+)
+
+// A flood of guesses neither uses up the answers to keepalives, nor wakes the
+// application, nor grows its state; and its answers are limited.
+func TestFloodOfGuesses(t *testing.T) {
+	w := filtertest.New()
+	if err := w.Play(heldScript); err != nil {
+		t.Fatal(err)
+	}
+	keepalive := w.Segment("c1", true, packet.ACK, -1, nil)
+	var fx filter.Effects
+	now, answers, seq := w.Now(), 0, uint32(1)
+	feed := func(b []byte) filter.Reason {
+		w.Engine.Step(now, filter.Event{Packet: &filter.Packet{Hook: filter.HookPrerouting, Data: b}}, &fx)
+		answers += len(fx.Sends)
+		if len(fx.Restores) > 0 {
+			t.Fatal("an outsider woke the application")
+		}
+		fx.Reset()
+		return fx.Reason
+	}
+	flags := []uint8{packet.RST, packet.SYN, packet.ACK, packet.ACK | packet.PSH, packet.FIN | packet.ACK, packet.RST | packet.ACK, 0}
+	guess := packet.Spec{Src: netip.MustParseAddrPort("10.0.0.2:40000"), Dst: netip.MustParseAddrPort("10.0.0.100:6379"), Payload: []byte("x")}
+	for i := range 100000 {
+		seq = seq*1664525 + 1013904223
+		guess.Flags = flags[i%len(flags)]
+		guess.Seq = guess.Seq.Add(seq)
+		guess.Ack = guess.Ack.Add(seq >> 3)
+		feed(guess.Build(make([]byte, guess.Size())))
+		if now += 1e5; i%10000 == 9999 { // every second
+			if r := feed(keepalive); r != filter.HeldAnswered {
+				t.Fatalf("a keepalive in the flood met %v", r)
+			}
+		}
+	}
+	if most := 10 + 32 + 10*100 + 1; answers > most {
+		t.Errorf("%d answers in 10 s, want at most %d", answers, most)
+	}
+	w.Engine.Step(now, filter.Event{Request: &filter.Request{ID: 1, Body: &filter.Status{App: "redis"}}}, &fx)
+	st := fx.Replies[0].Body.([]filter.AppStatus)[0]
+	if st.Connections["CONNECTRMT"] != 1 || len(st.Connections) != 1 || st.Kept != 0 || st.PendingSyns != 0 || st.RestoreRequested {
+		t.Errorf("after the flood: %+v", st)
+	}
+}
+
+// Payload and SYNs that wait are bounded, per connection and in all.
+func TestBudgets(t *testing.T) {
+	e := filter.New(filter.Config{MaxConns: 3, KeepPerConn: 1000, KeepTotal: 1500, MaxSyns: 2})
+	w := filtertest.With(e)
+	script := "app redis 10.0.0.100 6379\n"
+	for _, l := range []string{"a 10.0.0.2:1", "b 10.0.0.2:2", "c 10.0.0.2:3", "d 10.0.0.2:4"} {
+		script += "link " + l + "\nopen " + l[:1] + "\n"
+	}
+	script += "request SNAPSHOTSTART\nrequest SNAPSHOTFREEZE\nadvance 60ms\nrequest SEAL\nrequest SNAPSHOTDONE s --force\n"
+	if err := w.Play(script); err != nil {
+		t.Fatal(err)
+	}
+	var fx filter.Effects
+	status := func() filter.AppStatus {
+		fx.Reset()
+		e.Step(w.Now(), filter.Event{Request: &filter.Request{Body: &filter.Status{App: "redis"}}}, &fx)
+		return fx.Replies[0].Body.([]filter.AppStatus)[0]
+	}
+	if st := status(); st.Connections["CONNECTRMT"] != 3 || st.Reasons["table-full"] == 0 {
+		t.Fatalf("%+v", st)
+	}
+	for _, n := range []string{"a", "b", "c"} {
+		b := w.Segment(n, true, packet.ACK, 0, make([]byte, 1400))
+		e.Step(w.Now(), filter.Event{Packet: &filter.Packet{Hook: filter.HookPrerouting, Data: b}}, &fx)
+	}
+	if st := status(); st.Kept > 1500 || st.Kept < 1000 || st.Reasons["held-data-dropped"] == 0 {
+		t.Fatalf("kept %d, %v", st.Kept, st.Reasons)
+	}
+	for port := range uint16(5) {
+		sp := packet.Spec{Src: netip.AddrPortFrom(netip.MustParseAddr("10.0.0.9"), 100+port), Dst: netip.MustParseAddrPort("10.0.0.100:6379"), Flags: packet.SYN}
+		e.Step(w.Now(), filter.Event{Packet: &filter.Packet{Hook: filter.HookPrerouting, Data: sp.Build(make([]byte, sp.Size()))}}, &fx)
+	}
+	if st := status(); st.PendingSyns != 2 || st.Reasons["held-syn-limited"] != 3 {
+		t.Fatalf("%d SYNs, %v", st.PendingSyns, st.Reasons)
+	}
+}
