@@ -10,7 +10,7 @@ purpose=${1:-test}
 
 # program:package, one a line; a program that is found needs no package.
 demo_deps="iptables:iptables ipset:ipset ip:iproute2 redis-server:redis-server redis-cli:redis-tools ethtool:ethtool"
-test_deps="$demo_deps nginx:nginx-light wrk:wrk iperf3:iperf3 conntrack:conntrack tcpdump:tcpdump gcc:gcc"
+test_deps="$demo_deps nft:nftables nginx:nginx-light wrk:wrk iperf3:iperf3 conntrack:conntrack tcpdump:tcpdump gcc:gcc"
 bench_deps="$demo_deps iperf3:iperf3"
 
 case $purpose in

@@ -44,7 +44,8 @@ type Node struct {
 	changed chan struct{}     // closed and replaced when a state changes
 	stopped bool
 
-	calls   map[uint64]*call // of the loop's goroutine
+	active  map[netip.Addr]bool // VIPs in the set of that name
+	calls   map[uint64]*call    // of the loop's goroutine
 	nextID  uint64
 	flows   []rules.TCPFlow
 	changes []rules.Change
@@ -73,7 +74,8 @@ func Open(cfg *config.Config, log *slog.Logger) (*Node, error) {
 	if _, err := rand.Read(seed[:]); err != nil {
 		return nil, err
 	}
-	n := &Node{log: log, states: map[string]string{}, changed: make(chan struct{}), calls: map[uint64]*call{}}
+	n := &Node{log: log, states: map[string]string{}, changed: make(chan struct{}),
+		active: map[netip.Addr]bool{}, calls: map[uint64]*call{}}
 	n.cfg.Store(cfg)
 	n.engine = filter.New(filter.Config{MaxConns: int(q.MaxConnections), Seed: binary.LittleEndian.Uint64(seed[:])})
 	var err error
@@ -134,7 +136,9 @@ func (n *Node) takeUp() error {
 		n.log.Error("an application on this VIP was away when an earlier filter ended; its connections are lost, and its traffic is dropped until 'ckptctl start' brings it up anew or 'nfconnfilter rules --purge' removes the rules", "vip", c.IP)
 	}
 	for i := range active {
-		active[i].Add = blocked[active[i].IP]
+		if active[i].Add = blocked[active[i].IP]; active[i].Add {
+			n.active[active[i].IP] = true
+		}
 	}
 	if err := n.rules.Apply(active); err != nil {
 		return err
@@ -152,6 +156,7 @@ func (n *Node) takeUp() error {
 		n.log.Info("taken up from an earlier filter", "app", a.Name)
 	}
 	n.flush()
+	n.disengage()
 	return nil
 }
 
@@ -268,14 +273,16 @@ func (n *Node) flush() {
 		}
 	}
 	if len(fx.Sets) > 0 {
+		failed = n.engage(fx.Sets)
 		n.changes = n.changes[:0]
 		for _, c := range fx.Sets {
 			n.changes = append(n.changes, rules.Change{Set: setOf[c.Set], Add: c.Add, IP: c.IP, Port: c.Port, Peer: c.Peer})
 		}
-		if failed = n.rules.Apply(n.changes); failed != nil {
+		if failed = errors.Join(failed, n.rules.Apply(n.changes)); failed != nil {
 			n.log.Error("switching the packet rules failed", "error", failed)
 			failed = fmt.Errorf("switching the packet rules failed: %w", failed)
 		}
+		n.disengage()
 	}
 	if err := n.queue.Flush(); err != nil {
 		n.log.Error("verdicts were refused", "error", err)
@@ -290,6 +297,35 @@ func (n *Node) flush() {
 	}
 	n.tell(failed)
 	fx.Reset()
+}
+
+// engage has the rules behind routing written before the first VIP becomes
+// active.
+func (n *Node) engage(changes []filter.SetChange) error {
+	for _, c := range changes {
+		if c.Set != filter.SetActive {
+			continue
+		}
+		if c.Add {
+			n.active[c.IP] = true
+		} else {
+			delete(n.active, c.IP)
+		}
+	}
+	if len(n.active) == 0 {
+		return nil // taken away when the sets are empty, see disengage
+	}
+	return n.rules.Engage(true)
+}
+
+// disengage takes the rules behind routing away when no VIP is active.
+func (n *Node) disengage() {
+	if len(n.active) > 0 {
+		return
+	}
+	if err := n.rules.Engage(false); err != nil {
+		n.log.Warn("the rules behind routing stay; bulk is a little slower", "error", err)
+	}
 }
 
 // tracking tells whether connection tracking has any entry here.

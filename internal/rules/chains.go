@@ -54,6 +54,7 @@ func chains(f *family, cfg Config) []chain {
 		{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
 		{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
 		{"-p tcp " + set(Away, "src") + " " + q, "application away: sealed or held, dropped without a filter"},
+		{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
 	}}
 	post := chain{table: "mangle", hook: "POSTROUTING", name: ChainPost, why: "local to remote, after connection tracking", rules: []rule{
 		idle("src"), ours,
@@ -63,5 +64,8 @@ func chains(f *family, cfg Config) []chain {
 		{"-p tcp " + set(Full, "src") + " " + bypass, "full capture"},
 		{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
 	}}
+	if cfg.idle {
+		return []chain{in, out}
+	}
 	return []chain{in, out, post}
 }

@@ -66,6 +66,8 @@ type Config struct {
 	// LockDir is where iptables-legacy keeps its lock file when /run/xtables.lock cannot be opened, as by a
 	// process that is not root. The nftables variant of iptables needs no lock.
 	LockDir string
+
+	idle bool // without the chain behind routing, see Manager.Engage
 }
 
 func (c Config) withDefaults() Config {

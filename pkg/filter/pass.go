@@ -261,10 +261,12 @@ func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *E
 	if p.Hook == HookOutput {
 		if a.state.Away() {
 			e.awayOut(now, a, c, id, p, fx)
-		} else {
-			fx.accept(Pass) // captured just before the sets changed; seen again behind routing
+			return
 		}
-		return
+		if c != nil && c.translated {
+			fx.accept(Pass) // seen again behind routing
+			return
+		}
 	}
 	if c == nil {
 		e.unknownOut(now, a, id, fx)

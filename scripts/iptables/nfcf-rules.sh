@@ -117,13 +117,15 @@ rules() {
 		-A NFCF-OUT -o lo -j RETURN
 		-A NFCF-OUT -m set --match-set $2skip src,src -j RETURN
 		-A NFCF-OUT -p tcp -m set --match-set $2away src -j NFQUEUE --queue-num $queue
+		-A NFCF-OUT -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip src -j NFQUEUE --queue-num $queue --queue-bypass
 		$(drop_jump "$1" raw PREROUTING NFCF-IN)
 		-I PREROUTING 1 -j NFCF-IN
 		$(drop_jump "$1" raw OUTPUT NFCF-OUT)
 		-I OUTPUT 1 -j NFCF-OUT
 		COMMIT
 	EOF
-	# After connection tracking, which so sees local numbers only: what goes to the remote.
+	# After connection tracking, which so sees local numbers only: what goes to the remote. The filter has
+	# this chain only while something is away or translated: bulk is faster without the hook.
 	"$1-restore" -w --noflush <<-EOF
 		*mangle
 		:NFCF-POST - [0:0]
