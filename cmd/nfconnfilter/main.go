@@ -50,7 +50,6 @@ connections of applications behind virtual IPs; while an application is away
 it speaks for it, and when a client speaks it has the application brought back.
 ckptctl drives it.`,
 		SilenceUsage: true, SilenceErrors: true,
-		Args: cobra.NoArgs,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(runCommand(), checkCommand(), rulesCommand())
