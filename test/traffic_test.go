@@ -1,0 +1,94 @@
+package test
+
+import (
+	"flag"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nfconnfilter/nfconnfilter/test/clients"
+	"github.com/nfconnfilter/nfconnfilter/test/harness"
+)
+
+var snapshots = flag.Int("snapshots", 5, "how many TestSnapshotUnderTraffic takes")
+
+// TestSnapshotUnderTraffic takes snapshots while every client sends one
+// command after the other without pause: each snapshot falls between requests
+// and replies, and the next request wakes the application at once.
+func TestSnapshotUnderTraffic(t *testing.T) {
+	n, load := redisUp(t, harness.Options{Name: "traffic"}, 200)
+	underTraffic(t, n, load, *snapshots)
+}
+
+// TestSnapshotWithLoss is the same where one packet in fifty is lost, each way.
+func TestSnapshotWithLoss(t *testing.T) {
+	n, load := redisUp(t, harness.Options{Name: "loss", Apps: []harness.App{patient()}}, 50)
+	for _, chain := range []string{"INPUT", "OUTPUT"} {
+		out, err := n.Net.Client().Command("iptables", "-A", chain, "-p", "tcp", "-m", "statistic", "--mode", "random",
+			"--probability", "0.02", "-j", "DROP").CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	underTraffic(t, n, load, *snapshots)
+}
+
+// patient is Redis whose snapshots wait out a few retransmissions.
+func patient() harness.App {
+	a := harness.Redis("redis", vip)
+	a.Checkpoint = `drain_timeout = "15s"`
+	return a
+}
+
+func underTraffic(t *testing.T, n *harness.Node, load *clients.Load, snapshots int) {
+	var stop atomic.Bool
+	done := make([]atomic.Int64, len(load.Clients))
+	var wg sync.WaitGroup
+	errs := make([]error, len(load.Clients))
+	for i, c := range load.Clients {
+		wg.Go(func() {
+			for !stop.Load() {
+				if err := c.Command(reply); err != nil {
+					errs[i] = fmt.Errorf("client %d: %w", i, err)
+					return
+				}
+				done[i].Add(1)
+			}
+		})
+	}
+	for i := range snapshots {
+		id, err := n.Snapshot("redis")
+		if err != nil {
+			t.Errorf("snapshot %d: %v", i+1, err)
+			break
+		}
+		if err := n.WaitState("redis", "RESTORED", 20*time.Second); err != nil {
+			t.Errorf("after snapshot %s: %v", id, err)
+			break
+		}
+		// Every client gets on before the next one.
+		before := make([]int64, len(done))
+		for c := range done {
+			before[c] = done[c].Load()
+		}
+		if err := harness.Wait(reply, "every client gets on", func() bool {
+			for c := range done {
+				if done[c].Load() < before[c]+4 {
+					return false
+				}
+			}
+			return true
+		}); err != nil {
+			t.Errorf("after snapshot %s: %v", id, err)
+			break
+		}
+		t.Logf("snapshot %d, %s: client 0 has %d replies", i+1, id, done[0].Load())
+	}
+	stop.Store(true)
+	wg.Wait()
+	must(t, clients.Summary(slices.DeleteFunc(errs, func(err error) bool { return err == nil })))
+	rounds(t, load, 4)
+}
