@@ -5,6 +5,7 @@
 package tcpemu
 
 import (
+	"cmp"
 	"net/netip"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
@@ -196,6 +197,9 @@ func (e *Endpoint) Rst() packet.Spec {
 	}
 }
 
+// defaultMSS holds where a remote announced none (RFC 9293 section 3.7.1).
+const defaultMSS = 536
+
 // Syn describes the SYN of the emulated handshake with a local side that came
 // back: the remote's original options and numbers, its initial number one
 // below the next octet that it will send.
@@ -203,7 +207,7 @@ func (e *Endpoint) Syn(irs seqnum.Value) packet.Spec {
 	o := e.Opt
 	return packet.Spec{
 		Src: e.Remote, Dst: e.Local, Seq: irs, Flags: packet.SYN,
-		Window: 65535, MSS: max(o.MSS, 64), HasWScale: o.WScale, WScale: o.RemoteScale,
+		Window: 65535, MSS: cmp.Or(o.MSS, defaultMSS), HasWScale: o.WScale, WScale: o.RemoteScale,
 		SACKPermitted: o.SACK, HasTS: o.TS, TSVal: e.TSRec,
 	}
 }

@@ -147,7 +147,7 @@ func TestSpecs(t *testing.T) {
 		t.Errorf("SYN %+v", s)
 	}
 	e.Opt = Options{}
-	if s := e.Syn(1); s.HasTS || s.SACKPermitted || s.HasWScale || s.MSS != 64 {
+	if s := e.Syn(1); s.HasTS || s.SACKPermitted || s.HasWScale || s.MSS != 536 {
 		t.Errorf("SYN without options %+v", s)
 	}
 	if e.RemoteField() == 0 {
