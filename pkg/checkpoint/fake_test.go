@@ -188,9 +188,22 @@ func (w *world) Status(context.Context, *connect.Request[pb.StatusRequest]) (*co
 	}
 	r := &pb.StatusReply{}
 	if w.state != "" {
-		r.Apps = []*pb.AppStatus{{Name: "redis", State: w.state, SnapshotId: w.id}}
+		under := map[string]uint32{control.ConnRestoring: uint32(w.inFlight)}
+		r.Apps = []*pb.AppStatus{{Name: "redis", State: w.state, SnapshotId: w.id, Connections: under}}
+		w.finish()
 	}
 	return connect.NewResponse(r), nil
+}
+
+// finish ends every handshake under way.
+func (w *world) finish() {
+	for _, c := range w.conns {
+		if c.State == control.ConnRestoring {
+			c.State, c.Restorable = control.ConnConnect, false
+			w.inFlight--
+			w.socks = append(w.socks, sock(c.Remote, sockdiag.Established))
+		}
+	}
 }
 
 // GetConnInfo finishes every handshake under way: the time of a look.
@@ -201,12 +214,8 @@ func (w *world) GetConnInfo(context.Context, *connect.Request[pb.GetConnInfoRequ
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	r := &pb.ConnInfoReply{App: "redis", State: w.state}
+	w.finish()
 	for _, c := range w.conns {
-		if c.State == control.ConnRestoring {
-			c.State, c.Restorable = control.ConnConnect, false
-			w.inFlight--
-			w.socks = append(w.socks, sock(c.Remote, sockdiag.Established))
-		}
 		r.Conns = append(r.Conns, &pb.ConnInfo{Local: c.Local, Remote: c.Remote, Role: c.Role, State: c.State,
 			Restorable: c.Restorable, Missing: c.Missing})
 	}

@@ -28,6 +28,8 @@ type pacer struct {
 	order   []string // of left, as first seen
 	done    int
 	counted map[string]bool
+	looked  time.Time // when every connection was looked at
+	untried int       // of left, at the last pick
 }
 
 // comeback is one connection that has to be re-established.
@@ -118,30 +120,54 @@ func (p *pacer) ports() []uint16 {
 	return slices.Sorted(maps.Keys(set))
 }
 
+// everyOne stands for the number of handshakes under way where every
+// connection was just looked at.
+const everyOne = -1
+
+// glanceWillDo tells whether a look at every connection can wait: there are
+// some that were never tried, and the last such look is not old.
+func (p *pacer) glanceWillDo() bool {
+	return p.untried > 0 && p.now().Sub(p.looked) < handshakeRetry
+}
+
 // next picks what has room in the listeners' queues and counts it as started.
-func (p *pacer) next(ls []sockdiag.Socket) []*pb.ConnID {
+// underWay is the number of handshakes that are not done, wherever; after a
+// glance nothing is tried again.
+func (p *pacer) next(ls []sockdiag.Socket, underWay int) []*pb.ConnID {
+	now := p.now()
 	room := map[netip.AddrPort]int{}
 	inFlight := map[netip.AddrPort]int{}
-	for _, e := range p.left {
-		if !e.active && e.tried > 0 && p.now().Sub(e.started) < handshakeRetry {
-			inFlight[e.local]++
+	if underWay == everyOne {
+		p.looked = now
+		for _, e := range p.left {
+			if !e.active && e.tried > 0 && now.Sub(e.started) < handshakeRetry {
+				inFlight[e.local]++
+			}
 		}
 	}
 	var batch []*pb.ConnID
+	p.untried = 0
 	for _, name := range p.order {
 		e := p.left[name]
-		if e.active || e.tried > 0 && p.now().Sub(e.started) < handshakeRetry {
+		if e.active || e.tried > 0 && (underWay != everyOne || now.Sub(e.started) < handshakeRetry) {
 			continue
 		}
 		if _, ok := room[e.local]; !ok {
-			room[e.local] = capacity(listenersFor(ls, e.local.Addr(), e.local.Port())) - inFlight[e.local]
+			busy := inFlight[e.local]
+			if underWay != everyOne {
+				busy = underWay
+			}
+			room[e.local] = capacity(listenersFor(ls, e.local.Addr(), e.local.Port())) - busy
 		}
 		if room[e.local] <= 0 {
+			if e.tried == 0 {
+				p.untried++
+			}
 			continue
 		}
 		room[e.local]--
 		e.tried++
-		e.started = p.now()
+		e.started = now
 		batch = append(batch, e.id)
 	}
 	return batch

@@ -189,7 +189,19 @@ func (r *restoreRun) reconnect() error {
 }
 
 // pace takes one look and starts what has room; true when nothing is left.
+// Looking at every connection takes long where there are thousands: while some
+// wait for their first handshake the number under way is enough.
 func (r *restoreRun) pace(p *pacer) (bool, error) {
+	if p.glanceWillDo() {
+		st, err := r.a.status(r.op.ctx, r.app.Name)
+		if err != nil {
+			return false, err
+		}
+		if st.State != control.StateRestoreStart {
+			return false, fmt.Errorf("the application is in state %q now", st.State)
+		}
+		return false, r.startSome(p, int(st.Connections[control.ConnRestoring]))
+	}
 	// The filter first: a handshake that it calls done shows as a socket then.
 	info, err := r.a.connInfo(r.op.ctx, r.app.Name)
 	if err != nil {
@@ -207,15 +219,21 @@ func (r *restoreRun) pace(p *pacer) (bool, error) {
 	if !r.proc.alive() {
 		return false, fmt.Errorf("%s ended while connections came back; its output is in %s", r.proc.describe(), r.a.launch.logPath(r.app))
 	}
+	return false, r.startSome(p, everyOne)
+}
+
+// startSome starts the handshakes that have room, with underWay that were
+// started and are not done.
+func (r *restoreRun) startSome(p *pacer, underWay int) error {
 	ls, err := r.socks.Listeners(r.app.VIPs, p.ports())
 	if err != nil {
-		return false, err
+		return err
 	}
-	batch := p.next(ls)
+	batch := p.next(ls, underWay)
 	if len(batch) == 0 {
-		return false, nil
+		return nil
 	}
-	return false, r.restoreConn(batch, control.KindSyn)
+	return r.restoreConn(batch, control.KindSyn)
 }
 
 // open lets all traffic through again. It is not taken back: what was done is
