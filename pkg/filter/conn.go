@@ -55,6 +55,7 @@ type conn struct {
 	rcvKnown  bool         // ep.RcvNxt is near enough for an ask, though ep is not learned
 	asks      uint32       // asks sent in this snapshot
 	askFrom   uint32       // asks up to here were sent before the freeze
+	asking    bool         // an ask is not answered yet
 	askBase   seqnum.Value // number that asks count down from, local's view
 	probeAt   Time         // not before then is the remote asked
 	askAt     Time         // not before then is local asked again
@@ -309,6 +310,14 @@ func (c *conn) keptEnd() seqnum.Value {
 		end = end.Add(1)
 	}
 	return end
+}
+
+// answered frees the place of an ask, by its answer or because it is lost.
+func (c *conn) answered() {
+	if c.asking {
+		c.asking = false
+		c.app.asked--
+	}
 }
 
 // missing names what keeps a frozen connection from being accounted for.

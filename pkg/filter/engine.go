@@ -81,6 +81,8 @@ type app struct {
 	conns      []*conn
 	count      [appstate.Removed + 1]uint32
 	translated int // connections
+	asked      int // asks without an answer
+	askNext    int // index of the connection to ask next
 
 	sealed      bool
 	quiet       Time
@@ -202,11 +204,21 @@ func (e *Engine) dueApp(now Time, a *app, fx *Effects) {
 
 // tick is the beat of an application that is being snapshotted or restored.
 func (e *Engine) tick(now Time, a *app, fx *Effects) {
-	const beat = 5e6
+	const beat = 2e6
 	switch a.state {
 	case appstate.SnapshotStart, appstate.SnapshotFreeze:
-		for _, c := range a.conns {
-			e.tickConn(now, a, c, fx)
+		// What is injected into local waits in a short queue of the kernel
+		// (net.core.netdev_max_backlog), and answers come through ours: of
+		// thousands of asks at once many are lost or answered too late.
+		room := maxAsks - a.asked
+		n, start := len(a.conns), a.askNext
+		for i := range n {
+			at := (start + i) % n
+			had := room > 0
+			e.tickConn(now, a, a.conns[at], &room, fx)
+			if had && room <= 0 {
+				a.askNext = at + 1
+			}
 		}
 	default:
 		return
@@ -215,24 +227,32 @@ func (e *Engine) tick(now Time, a *app, fx *Effects) {
 	e.at(a.tickAt)
 }
 
-func (e *Engine) tickConn(now Time, a *app, c *conn, fx *Effects) {
-	if !c.alive() {
+// maxAsks bounds how many asks are unanswered.
+const maxAsks = 256
+
+func (e *Engine) tickConn(now Time, a *app, c *conn, room *int, fx *Effects) {
+	if !c.alive() && (a.state != appstate.SnapshotStart || c.state != appstate.Connect) {
 		return
 	}
 	if a.state == appstate.SnapshotFreeze {
-		e.freezeQuiet(now, c, fx)
+		e.freezeQuiet(now, c)
 	}
-	if c.refused != "" || c.sealed {
+	if now >= c.askAt {
+		c.answered()
+	}
+	if c.refused != "" || c.sealed || *room <= 0 {
 		return
 	}
 	needs := !c.learned || (c.frozen && !c.confirmed)
 	if needs && now >= c.askAt {
 		e.ask(now, c, fx)
+		*room--
 	}
 	// An acknowledgement of the remote may have passed before everything was
 	// captured: it is asked to say it again.
 	if c.frozen && c.learned && c.ep.SndUna != c.ep.SndNxt && now >= c.probeAt {
 		c.probeAt = now + 60e6
+		*room--
 		sp := c.ep.Probe()
 		fx.send(&sp, false)
 	}
@@ -269,6 +289,7 @@ func (e *Engine) remove(c *conn, fx *Effects) {
 		a.settle(fx)
 	}
 	e.unkeep(c)
+	c.answered()
 	a.bytesIn += c.bytesIn
 	a.bytesOut += c.bytesOut
 	c.set(appstate.Removed)
@@ -347,6 +368,10 @@ func (e *Engine) ask(now Time, c *conn, fx *Effects) {
 	const again = 50e6
 	sp := packet.Spec{Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.ACK}
 	c.askAt = now + again
+	if !c.asking {
+		c.asking = true
+		c.app.asked++
+	}
 	if c.learned || c.rcvKnown {
 		if c.asks == 0 {
 			c.askBase = c.localSeqIn(c.ep.RcvNxt).Add(^uint32(askBack) + 1)

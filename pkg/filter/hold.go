@@ -23,22 +23,21 @@ func (e *Engine) letThrough(now Time, c *conn, p *Packet, fx *Effects) {
 
 // freezeQuiet freezes a connection that stands at a turn: local spoke last, or
 // nobody has sent for the quiet time.
-func (e *Engine) freezeQuiet(now Time, c *conn, fx *Effects) {
+func (e *Engine) freezeQuiet(now Time, c *conn) {
 	if c.frozen || !c.learned {
 		return
 	}
 	last := max(c.lastIn, c.lastOut)
 	if c.last == localSpoke || now-max(last, c.app.froze) >= c.app.quiet {
-		e.freeze(now, c, fx)
+		c.freeze()
 	}
 }
 
-// freeze: from now on no payload of the remote reaches local. Local is asked
-// once more, for what passed before.
-func (e *Engine) freeze(now Time, c *conn, fx *Effects) {
+// freeze: from now on no payload of the remote reaches local. The next beat asks
+// local once more, for what passed before.
+func (c *conn) freeze() {
 	c.frozen, c.confirmed = true, false
-	c.askFrom = c.asks
-	e.ask(now, c, fx)
+	c.askFrom, c.askAt = c.asks, 0
 }
 
 // held handles a remote's segment while the filter speaks for the application
@@ -383,7 +382,7 @@ func (e *Engine) frozenOut(now Time, c *conn, fx *Effects) {
 		fx.drop(FrozenPass)
 	}
 	if c.last == localSpoke && !c.frozen {
-		e.freeze(now, c, fx)
+		c.freeze()
 	}
 }
 

@@ -221,6 +221,7 @@ func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 		c.app.settle(fx)
 	}
 	e.unkeep(c)
+	c.answered()
 	state := c.state
 	*c = conn{app: c.app, index: c.index, id: c.id, role: appstate.Passive, state: state, created: now, syn: syn}
 	c.ep.Local, c.ep.Remote = c.id.Local, c.id.Remote
@@ -353,6 +354,7 @@ func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment) bool {
 		}
 		serial = c.asks
 	}
+	c.answered()
 	c.ackSeen = true
 	c.learn(now, s, seq, ack)
 	if c.frozen && serial > c.askFrom {

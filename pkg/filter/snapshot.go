@@ -17,7 +17,9 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 	if b.Listen != nil {
 		a.listen = slices.Clone(b.Listen)
 	}
+	a.asked, a.askNext = 0, 0
 	for _, c := range a.conns {
+		c.asking = false
 		c.prepare()
 	}
 	for i := range b.Sockets {
@@ -30,14 +32,8 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 			e.remove(c, fx) // its end was not seen
 		}
 	}
-	for _, c := range a.conns {
-		if (c.state == appstate.Connect || c.alive()) && c.refused == "" {
-			e.ask(now, c, fx)
-		}
-	}
 	e.pending = append(e.pending, &pending{id: r.ID, app: a, body: b, deadline: now + cmp.Or(b.Timeout, 2e9)})
-	a.tickAt = now + 10e6
-	e.at(a.tickAt)
+	e.tick(now, a, fx)
 	return nil, nil, true
 }
 
@@ -192,13 +188,7 @@ func (e *Engine) snapshotFreeze(now Time, b *SnapshotFreeze, a *app, fx *Effects
 	a.setVIP(fx, false, SetFull)
 	a.quiet = cmp.Or(b.Quiet, 50e6)
 	a.froze = now
-	for _, c := range a.conns {
-		if c.alive() && c.refused == "" {
-			e.freezeQuiet(now, c, fx)
-		}
-	}
-	a.tickAt = now + 5e6
-	e.at(a.tickAt)
+	e.tick(now, a, fx)
 	return a.result(), nil
 }
 
