@@ -122,6 +122,13 @@ func (n *Node) takeUp() error {
 	if err != nil {
 		return err
 	}
+	flows, err := n.rules.List(rules.Flow)
+	if err != nil {
+		return err
+	}
+	if len(flows) > 0 {
+		n.log.Error("the translations of an earlier filter are lost; these connections will be reset when either side speaks", "connections", len(flows))
+	}
 	if err := n.rules.Clear(rules.Flow, rules.Full); err != nil {
 		return err
 	}
