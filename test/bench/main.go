@@ -27,8 +27,8 @@ const (
 
 func main() {
 	bin := flag.String("bin", "bin", "`directory` that holds nfconnfilter and ckptctl")
-	pairs := flag.Int("pairs", 9, "paired runs for each direction")
-	length := flag.Duration("time", 2*time.Second, "length of one run, whole seconds")
+	pairs := flag.Int("pairs", 25, "paired runs for each direction")
+	length := flag.Duration("time", time.Second, "length of one run, whole seconds")
 	target := flag.Float64("target", 0.97, "least median ratio; below it the exit code is 1")
 	flag.Parse()
 	if flag.NArg() != 0 || *pairs < 1 || *length < time.Second {
