@@ -44,6 +44,17 @@ func (c *conn) freeze() {
 // (behaviour: remote segments while the application is away).
 func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
 	s := &e.seg
+	if c != nil && s.Flags&(packet.SYN|packet.ACK|packet.RST) == packet.SYN {
+		open := c.state == appstate.Connect && !c.alive() && s.Seq == c.irs
+		if open && !a.sealed { // local still answers its handshakes
+			fx.accept(HandshakePass)
+			return
+		}
+		if open || c.state == appstate.Rst { // a connection that begins anew
+			e.remove(c, fx)
+			c = nil
+		}
+	}
 	if c == nil || c.state == appstate.SynRcvd && s.Has(packet.SYN) {
 		e.heldUnknown(now, a, id, p, fx)
 		return
@@ -376,6 +387,10 @@ func (e *Engine) frozenOut(now Time, c *conn, fx *Effects) {
 		return // seen again behind routing, where it is translated and noted
 	}
 	c.observeOut(now, s, true)
+	if s.Has(packet.RST) {
+		e.remove(c, fx)
+		return
+	}
 	if c.ep.Closed && s.PayloadLen() == 0 && s.Window != 0 {
 		sp := c.ep.Ack() // local's own would open the window that we closed
 		fx.send(&sp, false)

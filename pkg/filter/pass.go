@@ -216,15 +216,14 @@ func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 	if !syn.seen || s.Ack != syn.irs.Add(1) || c.handshake && c.iss == s.Seq && c.irs == syn.irs {
 		return
 	}
-	if c.translated {
-		e.flow(c, false, fx)
-		c.app.settle(fx)
+	// The structure of an earlier connection on these addresses ends here,
+	// whatever its state was.
+	a, id := c.app, c.id
+	e.remove(c, fx)
+	if c = e.newConn(now, a, id, appstate.Passive, appstate.SynRcvd); c == nil {
+		return
 	}
-	e.unkeep(c)
-	c.answered()
-	state := c.state
-	*c = conn{app: c.app, index: c.index, id: c.id, role: appstate.Passive, state: state, created: now, syn: syn}
-	c.ep.Local, c.ep.Remote = c.id.Local, c.id.Remote
+	c.syn = syn
 	c.agree(syn.opt, s.Opt)
 	c.handshake, c.irs, c.iss = true, syn.irs, s.Seq
 	ep := &c.ep
@@ -233,9 +232,6 @@ func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 	ep.RemoteWnd = uint32(syn.window)
 	ep.Edge = s.Ack.Add(uint32(s.Window))
 	ep.Window = uint16(uint32(s.Window) >> ep.Opt.LocalScale)
-	if state == appstate.Closing {
-		c.set(appstate.SynRcvd)
-	}
 	c.set(appstate.Connect)
 }
 
@@ -348,8 +344,8 @@ func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment) bool {
 		}
 	}
 	seq, ack := s.Seq.Add(c.tr.Out), s.Ack.Add(c.tr.In)
-	if serial == 0 { // no SACK: then nothing but a plain repetition is an answer
-		if c.ep.Opt.SACK || !c.learned || seq != c.ep.SndNxt || ack != c.ep.RcvNxt {
+	if serial == 0 { // no SACK: then nothing but a plain repetition is an answer, of which there is one
+		if !c.asking || c.ep.Opt.SACK || !c.learned || seq != c.ep.SndNxt || ack != c.ep.RcvNxt {
 			return false
 		}
 		serial = c.asks

@@ -133,7 +133,8 @@ func (e *Engine) toLocal(c *conn, flags uint8) packet.Spec {
 // then the window that was closed.
 func (e *Engine) open(now Time, c *conn, fx *Effects) {
 	c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false
-	c.fwd = false
+	c.fwd, c.asks = false, 0
+	c.answered()
 	c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
 	if !c.translated {
 		e.flow(c, true, fx)

@@ -260,7 +260,16 @@ func (e *Engine) snapshotAbort(now Time, a *app, fx *Effects) (any, error) {
 // backToRestored lets the application go on after a snapshot that was given
 // up: kept octets are handed to the same local side and windows open again.
 func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
-	for _, c := range a.conns {
+	for i := len(a.conns) - 1; i >= 0; i-- {
+		c := a.conns[i]
+		if c.state == appstate.Rst { // local has not been told
+			sp := packet.Spec{Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.RST | packet.ACK,
+				Seq: c.localSeqIn(c.ep.RcvNxt), Ack: c.localSeqOut(c.ep.SndNxt)}
+			fx.send(&sp, true)
+			e.remove(c, fx)
+			continue
+		}
+		c.answered()
 		kept := len(c.kept) > 0 || c.keptFin
 		if kept {
 			c.hsIRS = c.ep.RcvNxt.Add(^uint32(0))
@@ -295,6 +304,9 @@ func (a *app) settle(fx *Effects) {
 func (e *Engine) handSyns(now Time, a *app, fx *Effects) {
 	for i := range a.syns {
 		k := &a.syns[i]
+		if c := e.conns[k.id]; c != nil && c.alive() {
+			continue // its handshake came to an end after all
+		}
 		b := fx.arena.alloc(len(k.data))
 		copy(b, k.data)
 		fx.Sends = append(fx.Sends, Send{Data: b, Tracked: true})
