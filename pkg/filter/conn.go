@@ -44,6 +44,7 @@ type conn struct {
 
 	finIn, finOut       bool // FIN passed to local, to the remote
 	finInEnd, finOutEnd seqnum.Value
+	closeWait           bool // sock_diag showed CLOSE_WAIT
 	finAt               Time // when a remote's FIN was seen without its number being known
 	remoteFirst, closed bool // the remote closed first; both closes were acknowledged
 	expire              Time // when a closed connection is forgotten, 0: not
@@ -199,10 +200,28 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 	if s.Opt.HasTS && seqnum.NewerTS(s.Opt.TSVal, c.ep.TSRec) {
 		c.ep.TSRec, c.ep.TSAt = s.Opt.TSVal, now
 	}
-	if s.Has(packet.FIN) && !c.finIn {
+	if s.Has(packet.FIN) && !c.tookFin() { // the last word counts until local has taken one
 		c.finIn, c.finInEnd = true, s.End()
 	}
 	c.closing(now)
+}
+
+// tookFin tells whether local has taken the remote's FIN: nothing can come
+// behind it.
+func (c *conn) tookFin() bool {
+	return c.finIn && c.learned && (c.closeWait || c.finInEnd == c.ep.RcvNxt)
+}
+
+// settleFin makes finIn what local's confirmed numbers say: a FIN that was only
+// seen came ahead of octets that were lost, or from an outsider.
+func (c *conn) settleFin() {
+	if !c.finIn || c.tookFin() {
+		return
+	}
+	c.finIn = false
+	if c.state == appstate.Closing && !c.finOut {
+		c.set(appstate.Connect)
+	}
 }
 
 // plausible tells whether s lies in the window and acknowledges something that
@@ -325,6 +344,12 @@ func (c *conn) missing(now Time) string {
 	switch {
 	case c.refused != "":
 		return c.refused
+	case c.state == appstate.Closing && c.finOut:
+		// A FIN alone may stay unanswered; octets may not.
+		if n := c.ep.SndNxt.Size(c.ep.SndUna); c.learned && n > 1 {
+			return fmt.Sprintf("local has closed and %d octets are not acknowledged by the remote", n-1)
+		}
+		return ""
 	case !c.alive():
 		return ""
 	case !c.learned:

@@ -231,7 +231,9 @@ func (e *Engine) tick(now Time, a *app, fx *Effects) {
 const maxAsks = 256
 
 func (e *Engine) tickConn(now Time, a *app, c *conn, room *int, fx *Effects) {
-	if !c.alive() && (a.state != appstate.SnapshotStart || c.state != appstate.Connect) {
+	// The end of a handshake can have passed unseen: the socket's answer tells.
+	unsure := c.state == appstate.Connect && !c.alive()
+	if !c.alive() && !unsure && !c.finOut {
 		return
 	}
 	if a.state == appstate.SnapshotFreeze {
@@ -243,14 +245,14 @@ func (e *Engine) tickConn(now Time, a *app, c *conn, room *int, fx *Effects) {
 	if c.refused != "" || c.sealed || *room <= 0 {
 		return
 	}
-	needs := !c.learned || (c.frozen && !c.confirmed)
+	needs := c.alive() && (!c.learned || c.frozen && !c.confirmed) || unsure
 	if needs && now >= c.askAt {
 		e.ask(now, c, fx)
 		*room--
 	}
 	// An acknowledgement of the remote may have passed before everything was
 	// captured: it is asked to say it again.
-	if c.frozen && c.learned && c.ep.SndUna != c.ep.SndNxt && now >= c.probeAt {
+	if (c.frozen || c.finOut) && c.learned && c.ep.SndUna != c.ep.SndNxt && now >= c.probeAt {
 		c.probeAt = now + 60e6
 		*room--
 		sp := c.ep.Probe()

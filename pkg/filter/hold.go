@@ -24,7 +24,7 @@ func (e *Engine) letThrough(now Time, c *conn, p *Packet, fx *Effects) {
 // freezeQuiet freezes a connection that stands at a turn: local spoke last, or
 // nobody has sent for the quiet time.
 func (e *Engine) freezeQuiet(now Time, c *conn) {
-	if c.frozen || !c.learned {
+	if c.frozen || !c.learned || !c.alive() {
 		return
 	}
 	last := max(c.lastIn, c.lastOut)
@@ -354,6 +354,10 @@ func (e *Engine) awayOut(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 		}
 		if s.Has(packet.FIN) && s.PayloadLen() > 0 {
 			e.finalWords(now, c, p, fx)
+			return
+		}
+		if s.Has(packet.FIN) && c.learned && c.ep.SndUna != c.ep.SndNxt {
+			fx.drop(FinHeldBack) // local sends it again when what it said is acknowledged
 			return
 		}
 		c.sealed = true // a close of its own, or a dying process: not for the remote

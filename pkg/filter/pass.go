@@ -127,7 +127,7 @@ func (e *Engine) icmpError(p *Packet, fx *Effects) *app {
 func (e *Engine) inbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
 	s := &e.seg
 	switch {
-	case a.state == appstate.SnapshotFreeze && c != nil && !c.frozen && !c.sealed && c.alive() && !s.Has(packet.SYN):
+	case a.state == appstate.SnapshotFreeze && c != nil && c.passes(a) && !s.Has(packet.SYN):
 		e.letThrough(now, c, p, fx)
 		return
 	case a.state.Away():
@@ -158,6 +158,16 @@ func (c *conn) resets(s *packet.Segment) bool {
 		return s.Seq == c.ep.RcvNxt
 	}
 	return c.app.state != appstate.SnapshotStart && c.app.state != appstate.SnapshotFreeze
+}
+
+// passes tells whether a remote's segments reach local in SNAPSHOTFREEZE: until
+// the connection is frozen, and until the seal where local has closed already
+// and only its stack still works on the end.
+func (c *conn) passes(a *app) bool {
+	if c.state == appstate.Closing && c.finOut {
+		return !a.sealed
+	}
+	return !c.frozen && !c.sealed && c.alive()
 }
 
 // passIn lets a segment of the remote go on to local, translated where the

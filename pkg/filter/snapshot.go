@@ -76,6 +76,7 @@ func (e *Engine) listed(now Time, a *app, s *Socket) {
 	// The socket knows whether a FIN was taken; one that was only seen may have
 	// been an outsider's.
 	const listAge = 1e9 // the list may be older than a FIN just seen
+	c.closeWait = s.CloseWait
 	c.finIn, c.finOut, c.closed = s.CloseWait || c.finIn && c.finAt != 0 && now-c.finAt < listAge, false, false
 	switch {
 	case c.finIn && c.state == appstate.Connect:
@@ -198,7 +199,8 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 	}
 	res := a.result()
 	for _, c := range a.conns {
-		if !c.alive() {
+		c.settleFin()
+		if !c.alive() && !c.finOut {
 			continue
 		}
 		why := c.missing(now)
