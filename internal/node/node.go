@@ -221,8 +221,10 @@ func (n *Node) Run(ctx context.Context) error {
 			if left <= 0 {
 				n.step(filter.Event{})
 				n.flush()
-				continue
+				left = max(n.engine.NextDeadline()-now(), 1)
 			}
+			// Packets that wait are taken even when the deadline is past: a
+			// slow beat must not keep the queue from being read.
 			deadline = time.Now().Add(time.Duration(left))
 		}
 		k, err := n.queue.Recv(pkts, deadline)

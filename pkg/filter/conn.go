@@ -185,7 +185,6 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 	}
 	if !c.learned {
 		c.ackSeen = c.ackSeen || c.handshake && s.Ack == c.ep.SndNxt
-		c.ep.NoteWindow(s)
 		return
 	}
 	// Only a segment that local takes tells anything: outsiders send others.

@@ -356,11 +356,11 @@ func (e *Engine) awayOut(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 			e.finalWords(now, c, p, fx)
 			return
 		}
-		if s.Has(packet.FIN) && c.learned && c.ep.SndUna != c.ep.SndNxt {
-			fx.drop(FinHeldBack) // local sends it again when what it said is acknowledged
+		if s.Has(packet.FIN) {
+			fx.drop(FinHeldBack) // local sends it again: to the remote after an abort, to us after the seal
 			return
 		}
-		c.sealed = true // a close of its own, or a dying process: not for the remote
+		c.sealed = true // a reset of its own, or of a dying process: not for the remote
 	}
 	e.sealedOut(c, fx)
 }

@@ -167,7 +167,7 @@ func (c *conn) passes(a *app) bool {
 	if c.state == appstate.Closing && c.finOut {
 		return !a.sealed
 	}
-	return !c.frozen && !c.sealed && c.alive()
+	return !a.sealed && !c.frozen && !c.sealed && c.alive()
 }
 
 // passIn lets a segment of the remote go on to local, translated where the

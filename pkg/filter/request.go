@@ -154,6 +154,13 @@ func (e *Engine) request(now Time, r *Request, fx *Effects) {
 		reply(nil, err)
 		return
 	}
+	if kind == appstate.ReqSnapshotAbort || kind == appstate.ReqRestoreAbort {
+		e.cancelPending(a, fx)
+	}
+	if e.waiting(a) {
+		reply(nil, &Error{App: name, State: state, Text: fmt.Sprintf("%s refused: another request for application %q is being carried out", kind, name)})
+		return
+	}
 	if done {
 		if d, ok := r.Body.(*SnapshotDone); ok && d.ID != a.snapID {
 			reply(nil, &Error{App: name, State: state, Text: fmt.Sprintf("SNAPSHOTDONE refused: application %q already has snapshot %s", name, a.snapID)})
@@ -164,13 +171,6 @@ func (e *Engine) request(now Time, r *Request, fx *Effects) {
 			return
 		}
 		reply(a.result(), nil)
-		return
-	}
-	if kind == appstate.ReqSnapshotAbort || kind == appstate.ReqRestoreAbort {
-		e.cancelPending(a, fx)
-	}
-	if e.waiting(a) {
-		reply(nil, &Error{App: name, State: state, Text: fmt.Sprintf("%s refused: another request for application %q is being carried out", kind, name)})
 		return
 	}
 	res, err, wait := e.apply(now, r, a, fx)

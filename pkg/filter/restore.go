@@ -175,6 +175,7 @@ func (e *Engine) taken(now Time, c *conn, ack seqnum.Value) {
 	if c.finIn {
 		if ack == c.ep.RcvNxt {
 			c.redoAt = 0
+			e.unkeep(c)
 		}
 		return
 	}

@@ -22,8 +22,10 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 		c.asking = false
 		c.prepare()
 	}
-	for i := range b.Sockets {
-		e.listed(now, a, &b.Sockets[i])
+	for i := range b.Sockets { // those that are there, before room is made, before others come
+		if c := e.conns[b.Sockets[i].ID]; c != nil && c.app == a {
+			c.listed = b.Sockets[i].Established
+		}
 	}
 	const young = 2e9
 	for i := len(a.conns) - 1; i >= 0; i-- {
@@ -31,6 +33,9 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 		if b.Sockets != nil && !c.listed && (c.state == appstate.Connect || c.state == appstate.SynRcvd) && now-c.created > young {
 			e.remove(c, fx) // its end was not seen
 		}
+	}
+	for i := range b.Sockets {
+		e.listed(now, a, &b.Sockets[i])
 	}
 	e.pending = append(e.pending, &pending{id: r.ID, app: a, body: b, deadline: now + cmp.Or(b.Timeout, 2e9)})
 	e.tick(now, a, fx)
@@ -248,7 +253,7 @@ func (e *Engine) dismiss(c *conn, fx *Effects) {
 func (e *Engine) snapshotAbort(now Time, a *app, fx *Effects) (any, error) {
 	var ended []string
 	for _, c := range a.conns {
-		if a.state == appstate.SnapshotFreeze && (c.localGone && c.state == appstate.ConnectRmt || c.discarded > 0) {
+		if a.sealed && c.localGone && c.state == appstate.ConnectRmt || c.discarded > 0 {
 			ended = append(ended, fmt.Sprintf("%v %v", c.id.Local, c.id.Remote))
 		}
 	}
@@ -264,6 +269,10 @@ func (e *Engine) snapshotAbort(now Time, a *app, fx *Effects) (any, error) {
 func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 	for i := len(a.conns) - 1; i >= 0; i-- {
 		c := a.conns[i]
+		if c.localGone && c.state == appstate.ConnectRmt { // local has reset it, the remote has not been told
+			e.dismiss(c, fx)
+			continue
+		}
 		if c.state == appstate.Rst { // local has not been told
 			sp := packet.Spec{Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.RST | packet.ACK,
 				Seq: c.localSeqIn(c.ep.RcvNxt), Ack: c.localSeqOut(c.ep.SndNxt)}
@@ -286,6 +295,9 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 			fx.send(&sp, false)
 		}
 		c.frozen, c.sealed, c.fwd, c.asks = false, false, false, 0
+		if !c.translated { // bulk passes unseen from now on
+			c.learned, c.rcvKnown = false, false
+		}
 	}
 	a.setVIP(fx, false, SetFull, SetAway)
 	a.sealed, a.wake, a.wakeAt = false, false, 0

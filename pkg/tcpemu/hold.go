@@ -103,6 +103,9 @@ func (e *Endpoint) Receive(now int64, s *packet.Segment) Verdict {
 	if s.Ack.Less(e.SndUna.Add(-max(e.RemoteWnd, minWindow))) {
 		return BadAck
 	}
+	if s.End().Less(e.RcvNxt.Add(^uint32(0))) {
+		return Answer // an old duplicate, or anybody's guess: nothing of it counts
+	}
 	e.note(now, s)
 	fin := s.Has(packet.FIN)
 	if !e.RcvNxt.Less(s.End()) { // nothing new

@@ -154,8 +154,15 @@ func (w *World) linkLine(f []string) error {
 // rcvBase is the local's first number as the remote saw it.
 func (e *end) rcvBase() seqnum.Value { return e.base }
 
-// open plays a handshake of three segments.
+// open plays a handshake of three segments; a link that was open before begins
+// anew with other numbers.
 func (w *World) open(l *link) {
+	for _, e := range []*end{&l.remote, &l.local} {
+		if e.nxt != e.iss {
+			e.iss = e.nxt.Add(0x10000)
+			e.nxt, e.fin = e.iss, false
+		}
+	}
 	w.deliver(filter.HookPrerouting, w.segment(l, true, packet.SYN, 0, 0, nil, nil))
 	l.remote.nxt = l.remote.nxt.Add(1)
 	l.local.rcv = l.remote.nxt
