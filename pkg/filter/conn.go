@@ -39,7 +39,8 @@ type conn struct {
 	created   Time
 
 	bytesIn, bytesOut uint64
-	lastIn, lastOut   Time // of payload
+	inEnd             seqnum.Value // behind the last octet that passed to local
+	lastIn, lastOut   Time         // of payload
 	last              speaker
 
 	finIn, finOut       bool // FIN passed to local, to the remote
@@ -192,6 +193,9 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 		return
 	}
 	c.ackSeen = true
+	if !c.ep.RcvNxt.Less(c.inEnd) || c.inEnd.Less(s.End()) {
+		c.inEnd = s.End()
+	}
 	c.ep.NoteWindow(s)
 	if c.ep.SndUna.Less(s.Ack) {
 		c.ep.SndUna = s.Ack
@@ -242,6 +246,9 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 	}
 	n := uint32(s.PayloadLen())
 	end := s.End()
+	if exact && c.handshake && !c.translated && (end != c.iss.Add(1) || s.Ack != c.irs.Add(1)) {
+		c.ackSeen = true // an unfinished handshake has neither taken nor sent octets
+	}
 	if !c.learned {
 		if !exact {
 			c.finish(now, s)
@@ -282,6 +289,10 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 func (c *conn) finish(now Time, s *packet.Segment) {
 	if s.Has(packet.FIN) {
 		c.finOut, c.finOutEnd = true, s.End()
+		if c.app.state == appstate.SnapshotFreeze { // local's stack goes on with the remote by itself
+			c.app.engine.unkeep(c)
+			c.ep.Closed = false
+		}
 	}
 	c.closing(now)
 }
@@ -338,6 +349,11 @@ func (c *conn) answered() {
 	}
 }
 
+// unsureFor is how long after SNAPSHOTSTART a snapshot waits for connections
+// that were opened between the list of sockets and the request: time for
+// several asks.
+const unsureFor = 200e6
+
 // missing names what keeps a frozen connection from being accounted for.
 func (c *conn) missing(now Time) string {
 	switch {
@@ -347,6 +363,11 @@ func (c *conn) missing(now Time) string {
 		// A FIN alone may stay unanswered; octets may not.
 		if n := c.ep.SndNxt.Size(c.ep.SndUna); c.learned && n > 1 {
 			return fmt.Sprintf("local has closed and %d octets are not acknowledged by the remote", n-1)
+		}
+		return ""
+	case c.state == appstate.Connect && !c.alive():
+		if !c.listed && c.handshake && now-c.app.since < unsureFor {
+			return "it is not known yet whether its handshake has come to an end"
 		}
 		return ""
 	case !c.alive():

@@ -46,6 +46,7 @@ type Engine struct {
 	kept    int
 	rng     uint64
 	timers  timers
+	asked   map[Time]struct{} // deadlines in timers
 	pending []*pending
 	reasons [NumReasons]uint64 // of packets that belong to no application
 
@@ -58,7 +59,7 @@ func New(cfg Config) *Engine {
 	cfg.defaults()
 	return &Engine{
 		cfg: cfg, apps: map[string]*app{}, byVIP: map[netip.Addr]*app{}, blocked: map[netip.Addr]bool{}, conns: map[ConnID]*conn{},
-		rng: cfg.Seed,
+		asked: map[Time]struct{}{}, rng: cfg.Seed,
 	}
 }
 
@@ -83,9 +84,12 @@ type app struct {
 	translated int // connections
 	asked      int // asks without an answer
 	askNext    int // index of the connection to ask next
+	hand       int // where makeRoom looked last
 
 	sealed      bool
+	passCloses  bool // until the seal
 	quiet       Time
+	since       Time // of SNAPSHOTSTART
 	froze       Time
 	wake        bool // the restore flag, and from SNAPSHOTDONE on the outstanding request
 	wakeWhy     Reason
@@ -155,8 +159,14 @@ func (e *Engine) NextDeadline() Time {
 	return e.timers[0]
 }
 
-// at asks for a deadline. What is due then is found by looking.
-func (e *Engine) at(t Time) { e.timers.push(t) }
+// at asks for a deadline. What is due then is found by looking, so that one
+// entry serves everything of one moment.
+func (e *Engine) at(t Time) {
+	if _, ok := e.asked[t]; !ok {
+		e.asked[t] = struct{}{}
+		e.timers.push(t)
+	}
+}
 
 // Step takes one event. It never blocks and, for packets of the steady path,
 // allocates nothing.
@@ -169,6 +179,7 @@ func (e *Engine) Step(now Time, ev Event, fx *Effects) {
 	}
 	if len(e.timers) > 0 && e.timers[0] <= now {
 		for len(e.timers) > 0 && e.timers[0] <= now {
+			delete(e.asked, e.timers[0])
 			e.timers.pop()
 		}
 		e.due(now, fx)
@@ -270,8 +281,8 @@ func (e *Engine) rand() uint64 {
 }
 
 // newConn makes a connection structure, or nil when the table is full.
-func (e *Engine) newConn(now Time, a *app, id ConnID, role appstate.Role, state appstate.Conn) *conn {
-	if len(e.conns) >= e.cfg.MaxConns {
+func (e *Engine) newConn(now Time, a *app, id ConnID, role appstate.Role, state appstate.Conn, fx *Effects) *conn {
+	if len(e.conns) >= e.cfg.MaxConns && !e.makeRoom(now, a, fx) {
 		a.reasons[TableFull]++
 		return nil
 	}
@@ -281,6 +292,30 @@ func (e *Engine) newConn(now Time, a *app, id ConnID, role appstate.Role, state 
 	a.count[state]++
 	e.conns[id] = c
 	return c
+}
+
+// makeRoom takes a structure away that nothing may depend on: whether its
+// handshake ever came to an end is not known, nobody has spoken of it for the
+// time that a handshake takes, and at the next snapshot the list of sockets
+// tells about it if it lives. The application that needs the room gives it up
+// first. A flood costs one look at a few structures for each SYN.
+func (e *Engine) makeRoom(now Time, a *app, fx *Effects) bool {
+	const look, handshakeTime = 64, 75e9
+	free := func(a *app) bool {
+		if a.state != appstate.Connected && a.state != appstate.Restored {
+			return false
+		}
+		for range min(look, len(a.conns)) {
+			a.hand = (a.hand + 1) % len(a.conns)
+			c := a.conns[a.hand]
+			if c.state == appstate.Connect && !c.translated && !c.ackSeen && now-c.created > handshakeTime {
+				e.remove(c, fx)
+				return true
+			}
+		}
+		return false
+	}
+	return free(a) || slices.ContainsFunc(e.order, free)
 }
 
 // remove forgets a connection and everything kept for it.

@@ -84,7 +84,7 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 	s := &e.seg
 	v := c.ep.Receive(now, s)
-	if !c.ackSeen && s.Has(packet.ACK) && (v == tcpemu.Ignore || v == tcpemu.Payload || v == tcpemu.Finish) {
+	if !c.ackSeen && s.Has(packet.ACK) && s.Ack == c.ep.SndNxt && (v == tcpemu.Ignore || v == tcpemu.Answer || v == tcpemu.Payload || v == tcpemu.Finish) {
 		c.ackSeen = true // a handshake that local does not see the end of
 		c.learned, c.frozen, c.confirmed, c.sealed = true, true, true, true
 		if a.state != appstate.SnapshotFreeze && c.state == appstate.Connect {
@@ -348,7 +348,7 @@ func (e *Engine) awayOut(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 		return
 	}
 	if !a.sealed && !c.sealed {
-		if s.Flags&(packet.FIN|packet.RST) == 0 || !c.alive() {
+		if a.passCloses || s.Flags&(packet.FIN|packet.RST) == 0 || !c.alive() {
 			e.frozenOut(now, c, fx)
 			return
 		}
@@ -395,14 +395,20 @@ func (e *Engine) frozenOut(now Time, c *conn, fx *Effects) {
 		e.remove(c, fx)
 		return
 	}
-	if c.ep.Closed && s.PayloadLen() == 0 && s.Window != 0 {
-		sp := c.ep.Ack() // local's own would open the window that we closed
+	if c.reopens(s) {
+		sp := c.ep.Ack()
 		fx.send(&sp, false)
 		fx.drop(FrozenPass)
 	}
 	if c.last == localSpoke && !c.frozen {
 		c.freeze()
 	}
+}
+
+// reopens tells whether s, local's own acknowledgement in the freeze, would
+// open the window that the filter closed.
+func (c *conn) reopens(s *packet.Segment) bool {
+	return c.ep.Closed && c.alive() && c.app.state.Away() && s.Flags&(packet.SYN|packet.FIN|packet.RST) == 0 && s.PayloadLen() == 0 && s.Window != 0
 }
 
 // finalWords passes the octets that come with local's FIN and holds the FIN

@@ -2,6 +2,7 @@ package filter_test
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
@@ -86,5 +87,42 @@ func TestBudgets(t *testing.T) {
 	}
 	if st := status(); st.PendingSyns != 2 || st.Reasons["held-syn-limited"] != 3 {
 		t.Fatalf("%d SYNs, %v", st.PendingSyns, st.Reasons)
+	}
+}
+
+// A full table makes room for a new connection by one of which nobody has
+// spoken since its handshake; one that was heard of in a snapshot stays.
+func TestRoom(t *testing.T) {
+	e := filter.New(filter.Config{MaxConns: 2})
+	w := filtertest.With(e)
+	if err := w.Play(`app redis 10.0.0.100 6379
+link heard 10.0.0.2:1
+link silent 10.0.0.2:2
+link new 10.0.0.2:3
+open heard
+request SNAPSHOTSTART
+request SNAPSHOTABORT
+advance 80s
+open silent
+open new`); err != nil {
+		t.Fatal(err)
+	}
+	remotes := func() (out []uint16) {
+		var fx filter.Effects
+		e.Step(w.Now(), filter.Event{Request: &filter.Request{Body: &filter.GetConnInfo{App: "redis"}}}, &fx)
+		for _, c := range fx.Replies[0].Body.(*filter.ConnList).Conns {
+			out = append(out, c.ID.Remote.Port())
+		}
+		slices.Sort(out)
+		return out
+	}
+	if got := remotes(); !slices.Equal(got, []uint16{1, 2}) {
+		t.Fatalf("connections %v, want 1 and 2: a young one must not give way", got)
+	}
+	if err := w.Play("advance 80s\nopen new"); err != nil {
+		t.Fatal(err)
+	}
+	if got := remotes(); !slices.Equal(got, []uint16{1, 3}) {
+		t.Fatalf("connections %v, want 1 and 3", got)
 	}
 }

@@ -72,12 +72,42 @@ func (e *Engine) broken(p *Packet, r Reason, fx *Effects) *app {
 		fx.drop(Blocked)
 		return nil
 	}
-	if a == nil || !a.state.Away() {
+	if a == nil || !a.state.Away() && !e.brokenTranslated(p) {
 		fx.accept(r)
 		return a
 	}
 	fx.drop(r)
 	return a
+}
+
+// brokenTranslated tells whether p, which cannot be read whole, belongs to a
+// translated connection: its numbers mean nothing to the other side. Of a
+// fragment only the first names its ports; without it the rest is thrown away.
+func (e *Engine) brokenTranslated(p *Packet) bool {
+	b := p.Data
+	var src, dst netip.Addr
+	l4 := 40
+	switch {
+	case len(b) >= 20 && b[0]>>4 == 4 && b[6]&0x1f == 0 && b[7] == 0:
+		src, dst = netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:]))
+		l4 = int(b[0]&15) * 4
+	case len(b) >= 40 && b[0]>>4 == 6:
+		src, dst = netip.AddrFrom16([16]byte(b[8:])), netip.AddrFrom16([16]byte(b[24:]))
+		if b[6] == 44 { // fragment header (RFC 8200 section 4.5)
+			l4 += 8
+		}
+	}
+	if !src.IsValid() || len(b) < l4+4 {
+		return false
+	}
+	from := netip.AddrPortFrom(src, uint16(b[l4])<<8|uint16(b[l4+1]))
+	to := netip.AddrPortFrom(dst, uint16(b[l4+2])<<8|uint16(b[l4+3]))
+	id := ConnID{Local: from, Remote: to}
+	if p.Hook == HookPrerouting {
+		id = ConnID{Local: to, Remote: from}
+	}
+	c := e.conns[id]
+	return c != nil && c.translated
 }
 
 // vipOf reads the address on local's side of a packet that need not be whole.
@@ -108,6 +138,10 @@ func (e *Engine) icmpError(p *Packet, fx *Effects) *app {
 	a := e.byVIP[m.Src.Addr()]
 	if a == nil {
 		return nil
+	}
+	if !a.wants(ConnID{Local: m.Src, Remote: m.Dst}) {
+		fx.accept(Excluded)
+		return a
 	}
 	if a.state.Away() {
 		fx.drop(HeldICMP)
@@ -154,8 +188,11 @@ func (e *Engine) inbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 // numbers are not known a structure is not worth much and goes, but not while
 // a snapshot counts on it.
 func (c *conn) resets(s *packet.Segment) bool {
-	if c.learned {
-		return s.Seq == c.ep.RcvNxt
+	if c.learned { // local may hold octets that it has not acknowledged yet
+		return s.Seq == c.ep.RcvNxt || s.Seq == c.inEnd && c.ep.RcvNxt.Less(c.inEnd)
+	}
+	if c.refused != "" && c.handshake { // what was seen in its handshake is not to be forgotten for a guess
+		return false
 	}
 	return c.app.state != appstate.SnapshotStart && c.app.state != appstate.SnapshotFreeze
 }
@@ -196,13 +233,13 @@ func (e *Engine) synIn(now Time, a *app, c *conn, id ConnID, fx *Effects) {
 		}
 		return
 	}
-	e.noteSyn(now, a, c, id, s)
+	e.noteSyn(now, a, c, id, s, fx)
 }
 
 // noteSyn remembers SYN s; c may be nil.
-func (e *Engine) noteSyn(now Time, a *app, c *conn, id ConnID, s *packet.Segment) {
+func (e *Engine) noteSyn(now Time, a *app, c *conn, id ConnID, s *packet.Segment, fx *Effects) {
 	if c == nil {
-		if c = e.newConn(now, a, id, appstate.Passive, appstate.SynRcvd); c == nil {
+		if c = e.newConn(now, a, id, appstate.Passive, appstate.SynRcvd, fx); c == nil {
 			return
 		}
 		c.expire = (now+75e9)/1e9*1e9 + 1e9
@@ -223,19 +260,18 @@ type pendingSyn struct {
 // SYN that was noted.
 func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 	syn := c.syn
-	if !syn.seen || s.Ack != syn.irs.Add(1) || c.handshake && c.iss == s.Seq && c.irs == syn.irs {
+	if !c.answersSyn(s) || c.handshake && c.iss == s.Seq && c.irs == syn.irs {
 		return
 	}
 	// The structure of an earlier connection on these addresses ends here,
 	// whatever its state was.
 	a, id := c.app, c.id
 	e.remove(c, fx)
-	if c = e.newConn(now, a, id, appstate.Passive, appstate.SynRcvd); c == nil {
+	if c = e.newConn(now, a, id, appstate.Passive, appstate.SynRcvd, fx); c == nil {
 		return
 	}
-	c.syn = syn
 	c.agree(syn.opt, s.Opt)
-	c.handshake, c.irs, c.iss = true, syn.irs, s.Seq
+	c.handshake, c.irs, c.iss, c.rcvKnown = true, syn.irs, s.Seq, true
 	ep := &c.ep
 	ep.SndUna, ep.SndNxt, ep.RcvNxt = s.Seq, s.Seq.Add(1), s.Ack
 	ep.TSRec, ep.TSVal = syn.opt.TSVal, s.Opt.TSVal
@@ -243,6 +279,11 @@ func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 	ep.Edge = s.Ack.Add(uint32(s.Window))
 	ep.Window = uint16(uint32(s.Window) >> ep.Opt.LocalScale)
 	c.set(appstate.Connect)
+}
+
+// answersSyn tells whether s, a SYN-ACK of local, answers the SYN that was noted.
+func (c *conn) answersSyn(s *packet.Segment) bool {
+	return c.syn.seen && s.Ack == c.syn.irs.Add(1)
 }
 
 // agree takes what both sides announced (RFC 7323 section 2.2, RFC 2018).
@@ -285,7 +326,11 @@ func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *E
 	}
 	if s.Has(packet.SYN) {
 		fx.accept(HandshakePass)
-		if s.Has(packet.ACK) {
+		switch {
+		case !s.Has(packet.ACK):
+		case c.translated && !c.answersSyn(s):
+			fx.drop(Malformed) // local's numbers are not for the remote
+		default:
 			e.synAckOut(now, c, s, fx)
 		}
 		return
@@ -320,6 +365,12 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 	if c.redoAt != 0 && s.Has(packet.ACK) {
 		e.taken(now, c, s.Ack)
 	}
+	if c.reopens(s) {
+		sp := c.ep.Ack()
+		fx.send(&sp, false)
+		fx.drop(FrozenPass)
+		return
+	}
 	fx.modified(Translated, s.Raw())
 	if s.Has(packet.RST) {
 		e.remove(c, fx)
@@ -331,7 +382,7 @@ func (e *Engine) unknownOut(now Time, a *app, id ConnID, fx *Effects) {
 	s := &e.seg
 	fx.accept(Pass)
 	if s.Flags&(packet.SYN|packet.ACK) == packet.SYN && !a.listens(id.Local.Port()) {
-		if c := e.newConn(now, a, id, appstate.Active, appstate.SynSent); c != nil {
+		if c := e.newConn(now, a, id, appstate.Active, appstate.SynSent, fx); c != nil {
 			c.iss = s.Seq
 			c.refused = "the application opened it; such connections cannot be held yet"
 			c.expire = (now+200e9)/1e9*1e9 + 1e9
@@ -361,7 +412,9 @@ func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment) bool {
 		serial = c.asks
 	}
 	c.answered()
-	c.ackSeen = true
+	if c.ep.Opt.SACK || ack != c.irs.Add(1) {
+		c.ackSeen = true // a socket with an unfinished handshake sends no DSACK
+	}
 	c.learn(now, s, seq, ack)
 	if c.frozen && serial > c.askFrom {
 		c.confirmed = true

@@ -35,9 +35,14 @@ type (
 	}
 	// SnapshotFreeze stops payload towards the application.
 	SnapshotFreeze struct {
-		App      string
+		App string
+		// "turn"; or "now", which may be repeated: connections that have not
+		// reached their boundary are frozen where they stand.
 		Boundary string
 		Quiet    Time // default 50 ms
+		// The caller seals before it stops the application: until then a FIN
+		// or RST of local is the application's own word and passes.
+		PassCloses bool
 	}
 	// Seal stops everything from local to the remotes.
 	Seal struct{ App string }
@@ -77,6 +82,8 @@ type Socket struct {
 	ID                        ConnID
 	Established               bool // ESTABLISHED or CLOSE_WAIT
 	CloseWait                 bool
+	LocalClosed               bool // FIN_WAIT1, FIN_WAIT2, CLOSING or LAST_ACK: its stack may still have octets to send
+	RemoteClosed              bool // of these: CLOSING, LAST_ACK
 	Passive                   bool
 	SendQueue                 uint32
 	HasInfo                   bool
@@ -169,6 +176,9 @@ func (e *Engine) request(now Time, r *Request, fx *Effects) {
 		if a == nil {
 			reply(&Result{App: name}, nil)
 			return
+		}
+		if f, ok := r.Body.(*SnapshotFreeze); ok && f.Boundary == boundaryNow {
+			a.freezeAll()
 		}
 		reply(a.result(), nil)
 		return

@@ -17,17 +17,16 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 	if b.Listen != nil {
 		a.listen = slices.Clone(b.Listen)
 	}
-	a.asked, a.askNext = 0, 0
+	a.asked, a.askNext, a.since = 0, 0, now
 	for _, c := range a.conns {
 		c.asking = false
-		c.prepare()
+		c.prepare(now)
 	}
 	for i := range b.Sockets { // those that are there, before room is made, before others come
 		if c := e.conns[b.Sockets[i].ID]; c != nil && c.app == a {
-			c.listed = b.Sockets[i].Established
+			c.listed = b.Sockets[i].Established || b.Sockets[i].LocalClosed
 		}
 	}
-	const young = 2e9
 	for i := len(a.conns) - 1; i >= 0; i-- {
 		c := a.conns[i]
 		if b.Sockets != nil && !c.listed && (c.state == appstate.Connect || c.state == appstate.SynRcvd) && now-c.created > young {
@@ -35,18 +34,21 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 		}
 	}
 	for i := range b.Sockets {
-		e.listed(now, a, &b.Sockets[i])
+		e.listed(now, a, &b.Sockets[i], fx)
 	}
 	e.pending = append(e.pending, &pending{id: r.ID, app: a, body: b, deadline: now + cmp.Or(b.Timeout, 2e9)})
 	e.tick(now, a, fx)
 	return nil, nil, true
 }
 
+// young connections may be missing in the list of sockets, which is older.
+const young = 2e9
+
 // prepare readies a structure for a snapshot. What bulk traffic has changed
 // unseen is not known any more.
-func (c *conn) prepare() {
+func (c *conn) prepare(now Time) {
 	if !c.translated {
-		c.learned, c.rcvKnown = false, false
+		c.learned, c.rcvKnown = false, c.handshake && now-c.created <= young
 	}
 	c.listed, c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false, false
 	c.asks, c.askFrom, c.askAt, c.discarded, c.fwd = 0, 0, 0, 0, false
@@ -60,8 +62,8 @@ func (c *conn) prepare() {
 }
 
 // listed takes what sock_diag tells of one connection.
-func (e *Engine) listed(now Time, a *app, s *Socket) {
-	if !s.Established || !a.wants(s.ID) || e.byVIP[s.ID.Local.Addr()] != a {
+func (e *Engine) listed(now Time, a *app, s *Socket, fx *Effects) {
+	if !s.Established && !s.LocalClosed || !a.wants(s.ID) || e.byVIP[s.ID.Local.Addr()] != a {
 		return
 	}
 	c := e.conns[s.ID]
@@ -70,13 +72,21 @@ func (e *Engine) listed(now Time, a *app, s *Socket) {
 		if s.Passive {
 			role = appstate.Passive
 		}
-		if c = e.newConn(now, a, s.ID, role, appstate.Connect); c == nil {
+		if c = e.newConn(now, a, s.ID, role, appstate.Connect, fx); c == nil {
 			return
 		}
 	}
 	switch c.state {
 	case appstate.SynRcvd, appstate.SynSent:
 		c.set(appstate.Connect)
+	}
+	if s.LocalClosed { // its FIN may wait behind octets, unsent and unseen
+		c.listed = true
+		if !c.translated { // of those every FIN that was sent is known
+			c.finOut, c.finIn = true, s.RemoteClosed
+			c.closing(now)
+		}
+		return
 	}
 	// The socket knows whether a FIN was taken; one that was only seen may have
 	// been an outsider's.
@@ -186,16 +196,30 @@ func (e *Engine) learnedAll(now Time, p *pending, b *SnapshotStart, fx *Effects)
 }
 
 func (e *Engine) snapshotFreeze(now Time, b *SnapshotFreeze, a *app, fx *Effects) (any, error) {
-	if b.Boundary != "" && b.Boundary != "turn" {
+	if b.Boundary != "" && b.Boundary != "turn" && b.Boundary != boundaryNow {
 		return nil, fmt.Errorf("%w: boundary %q is not built yet; use \"turn\"", ErrInvalid, b.Boundary)
 	}
 	a.set(appstate.SnapshotFreeze, fx, "freezing")
 	a.setVIP(fx, true, SetAway)
 	a.setVIP(fx, false, SetFull)
 	a.quiet = cmp.Or(b.Quiet, 50e6)
-	a.froze = now
+	a.froze, a.passCloses = now, b.PassCloses
+	if b.Boundary == boundaryNow {
+		a.freezeAll()
+	}
 	e.tick(now, a, fx)
 	return a.result(), nil
+}
+
+const boundaryNow = "now"
+
+// freezeAll freezes what has not reached its boundary.
+func (a *app) freezeAll() {
+	for _, c := range a.conns {
+		if c.learned && c.alive() && !c.frozen {
+			c.freeze()
+		}
+	}
 }
 
 func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (any, error) {
@@ -205,9 +229,6 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 	res := a.result()
 	for _, c := range a.conns {
 		c.settleFin()
-		if !c.alive() && !c.finOut {
-			continue
-		}
 		why := c.missing(now)
 		if c.sealed && c.discarded == 0 && c.ep.SndUna == c.ep.SndNxt {
 			why = ""
@@ -326,7 +347,7 @@ func (e *Engine) handSyns(now Time, a *app, fx *Effects) {
 		fx.Sends = append(fx.Sends, Send{Data: b, Tracked: true})
 		var s packet.Segment
 		if s.Parse(b) == packet.OK {
-			e.noteSyn(now, a, e.conns[k.id], k.id, &s)
+			e.noteSyn(now, a, e.conns[k.id], k.id, &s, fx)
 		}
 	}
 	a.syns, a.synIndex = nil, nil
@@ -349,8 +370,8 @@ func (e *Engine) restoreStart(now Time, b *RestoreStart, a *app, fx *Effects) (a
 	for _, c := range a.conns {
 		c.hsDone, c.hsStarted, c.hsError = false, false, ""
 		fx.Untrack = append(fx.Untrack, c.id)
-		if c.state == appstate.ConnectRmt {
-			sp := c.ep.Probe()
+		if c.state == appstate.ConnectRmt || c.state == appstate.Connect && c.handshake {
+			sp := c.ep.Probe() // also where it is not known whether the remote has an open connection
 			fx.send(&sp, false)
 		}
 	}

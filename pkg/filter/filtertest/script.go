@@ -17,8 +17,8 @@ import (
 // "> ", and under it what the engine did. An error names a faulty line, or a
 // packet of the engine that no TCP could take.
 //
-//	app NAME VIP PORT...                     registers an application
-//	link NAME ADDR:PORT [plain] [lscale N]   a remote; plain: no options at all
+//	app NAME VIP PORT... [!PREFIX]           registers an application; !: not for these remotes
+//	link NAME ADDR:PORT [plain|md5] [lscale N]   a remote; plain: no options at all
 //	open NAME                                its handshake with the running local stack
 //	remote NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [data TEXT]
 //	local  NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [data TEXT]
@@ -26,7 +26,9 @@ import (
 //	raw HEX                                  octets from the network
 //	silent on|off                            whether the local stack answers by itself
 //	advance DURATION
-//	request WORDS...                         as in ckptctl ioctl
+//	request WORDS...                         as in ckptctl ioctl; besides
+//	                                         SNAPSHOTSTART without|closing NAME and
+//	                                         SNAPSHOTFREEZE pass-closes|now
 //
 // Flags are joined by +, e.g. ACK or FIN+ACK. Numbers are relative: seq to the
 // next octet of that end, ack to what it has received. A segment in order moves
@@ -108,6 +110,14 @@ func (w *World) appLine(f []string) error {
 	}
 	r := &filter.Register{App: f[0], VIPs: []netip.Addr{vip}}
 	for _, p := range f[2:] {
+		if x, ok := strings.CutPrefix(p, "!"); ok {
+			n, err := netip.ParsePrefix(x)
+			if err != nil {
+				return err
+			}
+			r.ExcludeAddrs = append(r.ExcludeAddrs, n)
+			continue
+		}
 		n, err := strconv.ParseUint(p, 10, 16)
 		if err != nil {
 			return err
@@ -135,6 +145,8 @@ func (w *World) linkLine(f []string) error {
 		switch f[i] {
 		case "plain":
 			l.ts, l.scale, l.sack, l.lscale = false, -1, false, 0
+		case "md5":
+			l.md5, l.ts = true, false
 		case "lscale":
 			i++
 			v, err := strconv.Atoi(f[i])
@@ -258,7 +270,7 @@ func (w *World) segmentLine(fromRemote bool, line string) error {
 	if fromRemote {
 		w.deliver(filter.HookPrerouting, b)
 	} else {
-		w.deliver(w.hook(), b)
+		w.deliverLocal(l, b)
 	}
 	w.arrive(l, fromRemote)
 	return nil
@@ -297,12 +309,16 @@ func (w *World) requestLine(f []string) error {
 	case "SNAPSHOTSTART":
 		r := &filter.SnapshotStart{App: app, Listen: []uint16{6379}, LeaveOut: arg(1) == "leave-out"}
 		if arg(1) != "blind" {
-			r.Sockets = w.sockets()
+			r.Sockets = w.sockets(arg(1), arg(2))
 		}
 		w.request(r)
 		w.advance(20 * time.Millisecond)
 	case "SNAPSHOTFREEZE":
-		w.request(&filter.SnapshotFreeze{App: app})
+		r := &filter.SnapshotFreeze{App: app, PassCloses: arg(1) == "pass-closes"}
+		if arg(1) == "now" {
+			r.Boundary = "now"
+		}
+		w.request(r)
 	case "SEAL":
 		w.request(&filter.Seal{App: app})
 	case "SNAPSHOTDONE":
@@ -331,11 +347,16 @@ func (w *World) requestLine(f []string) error {
 	return nil
 }
 
-// sockets is what sock_diag would show.
-func (w *World) sockets() []filter.Socket {
+// sockets is what sock_diag would show. "without NAME" leaves one out: it was
+// opened after the look; "closing NAME" shows one in FIN_WAIT1.
+func (w *World) sockets(how, name string) []filter.Socket {
 	out := []filter.Socket{}
 	for _, l := range w.order {
-		if l.local.nxt == l.local.iss || l.local.fin {
+		if how == "closing" && l.name == name {
+			out = append(out, filter.Socket{ID: filter.ConnID{Local: l.laddr, Remote: l.raddr}, LocalClosed: true, Passive: true})
+			continue
+		}
+		if l.local.nxt == l.local.iss || l.local.fin || how == "without" && l.name == name {
 			continue
 		}
 		out = append(out, filter.Socket{

@@ -35,6 +35,7 @@ type link struct {
 	scale         int // of the remote, -1: none
 	sack          bool
 	lscale        uint8
+	md5           bool
 }
 
 // World is an engine with everything around it.
@@ -51,7 +52,8 @@ type World struct {
 	replay uint64
 	silent bool // the local stack does not answer by itself
 	errs   []string
-	passed []byte // the last segment, as it went on; nil when it did not
+	flows  map[netip.AddrPort]bool // remotes in the set of translated flows
+	passed []byte                  // the last segment, as it went on; nil when it did not
 }
 
 // New makes an empty world.
@@ -61,7 +63,7 @@ func New() *World { return With(filter.New(filter.Config{Seed: 1})) }
 func With(e *filter.Engine) *World {
 	return &World{
 		Engine: e,
-		links:  map[string]*link{}, byID: map[filter.ConnID]*link{}, now: 1e9,
+		links:  map[string]*link{}, flows: map[netip.AddrPort]bool{}, byID: map[filter.ConnID]*link{}, now: 1e9,
 	}
 }
 
@@ -93,6 +95,16 @@ func (w *World) deliver(hook uint8, data []byte) {
 	w.engineStep(filter.Event{Packet: &filter.Packet{Hook: hook, Data: data}}, true)
 }
 
+// deliverLocal sends a segment of local through the hooks as the rules do: a
+// translated flow is seen again behind routing.
+func (w *World) deliverLocal(l *link, b []byte) {
+	h := w.hook()
+	w.deliver(h, b)
+	if h == filter.HookOutput && w.passed != nil && w.flows[l.raddr] {
+		w.deliver(filter.HookPostrouting, append([]byte(nil), w.passed...))
+	}
+}
+
 // engineStep runs one event, prints what comes of it, and lets the local stack
 // answer what was injected into it.
 func (w *World) engineStep(ev filter.Event, verdict bool) {
@@ -110,6 +122,9 @@ func (w *World) engineStep(ev filter.Event, verdict bool) {
 			w.printf(":%d", s.Port)
 		}
 		w.printf("\n")
+		if s.Set == filter.SetFlow {
+			w.flows[netip.AddrPortFrom(s.IP, s.Port)] = s.Add
+		}
 	}
 	for _, n := range w.fx.Notes {
 		w.printf("    state %s %q\n", n.App, n.State.String())
@@ -253,15 +268,26 @@ func (w *World) segment(l *link, fromRemote bool, flags uint8, dseq, dack int64,
 			sp.HasWScale, sp.WScale = true, uint8(scale)
 		}
 	}
-	return sp.Build(make([]byte, sp.Size()))
+	b := sp.Build(make([]byte, sp.Size()))
+	if l.md5 && flags&packet.SYN != 0 {
+		b = withOption(b, md5Option)
+	}
+	return b
 }
 
 // withSACK rebuilds b with one SACK block in front of the other options.
 func withSACK(b []byte, left, right seqnum.Value) []byte {
+	return withOption(b, []byte{1, 1, 5, 10, byte(left >> 24), byte(left >> 16), byte(left >> 8), byte(left),
+		byte(right >> 24), byte(right >> 16), byte(right >> 8), byte(right)})
+}
+
+// md5Option is an option of RFC 2385 with padding.
+var md5Option = []byte{1, 1, 19, 18, 19: 0}
+
+// withOption rebuilds b with more options, padded to 4 octets.
+func withOption(b, opt []byte) []byte {
 	ihl := 20
 	hl := int(b[ihl+12]>>4) * 4
-	opt := []byte{1, 1, 5, 10, byte(left >> 24), byte(left >> 16), byte(left >> 8), byte(left),
-		byte(right >> 24), byte(right >> 16), byte(right >> 8), byte(right)}
 	out := append([]byte(nil), b[:ihl+hl]...)
 	out = append(out, opt...)
 	out = append(out, b[ihl+hl:]...)
