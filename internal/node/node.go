@@ -11,9 +11,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -44,7 +41,11 @@ type Node struct {
 	changed chan struct{}     // closed and replaced when a state changes
 	stopped bool
 
-	active  map[netip.Addr]bool // VIPs in the set of that name
+	engMu   sync.Mutex // guards pins and the writing of the rules behind routing
+	pins    int        // requests under way that need them
+	engaged atomic.Int32
+
+	active  map[netip.Addr]bool // VIPs in the set of that name; their number is in engaged
 	calls   map[uint64]*call    // of the loop's goroutine
 	nextID  uint64
 	flows   []rules.TCPFlow
@@ -54,8 +55,9 @@ type Node struct {
 
 // call is a request on its way to the engine and back.
 type call struct {
-	body any
-	done chan result
+	body  any
+	done  chan result
+	after func() // called in the loop's background when it is answered, may be nil
 }
 
 type result struct {
@@ -163,6 +165,7 @@ func (n *Node) takeUp() error {
 		n.log.Info("taken up from an earlier filter", "app", a.Name)
 	}
 	n.flush()
+	n.engaged.Store(int32(len(n.active)))
 	n.disengage()
 	return nil
 }
@@ -282,16 +285,18 @@ func (n *Node) flush() {
 		}
 	}
 	if len(fx.Sets) > 0 {
-		failed = n.engage(fx.Sets)
+		last := n.countActive(fx.Sets)
 		n.changes = n.changes[:0]
 		for _, c := range fx.Sets {
 			n.changes = append(n.changes, rules.Change{Set: setOf[c.Set], Add: c.Add, IP: c.IP, Port: c.Port, Peer: c.Peer})
 		}
-		if failed = errors.Join(failed, n.rules.Apply(n.changes)); failed != nil {
+		if failed = n.rules.Apply(n.changes); failed != nil {
 			n.log.Error("switching the packet rules failed", "error", failed)
 			failed = fmt.Errorf("switching the packet rules failed: %w", failed)
 		}
-		n.disengage()
+		if last {
+			n.wg.Go(n.disengage)
+		}
 	}
 	if err := n.queue.Flush(); err != nil {
 		n.log.Error("verdicts were refused", "error", err)
@@ -306,59 +311,6 @@ func (n *Node) flush() {
 	}
 	n.tell(failed)
 	fx.Reset()
-}
-
-// engage has the rules behind routing written before the first VIP becomes
-// active.
-func (n *Node) engage(changes []filter.SetChange) error {
-	for _, c := range changes {
-		if c.Set != filter.SetActive {
-			continue
-		}
-		if c.Add {
-			n.active[c.IP] = true
-		} else {
-			delete(n.active, c.IP)
-		}
-	}
-	if len(n.active) == 0 {
-		return nil // taken away when the sets are empty, see disengage
-	}
-	return n.rules.Engage(true)
-}
-
-// disengage takes the rules behind routing away when no VIP is active.
-func (n *Node) disengage() {
-	if len(n.active) > 0 {
-		return
-	}
-	if err := n.rules.Engage(false); err != nil {
-		n.log.Warn("the rules behind routing stay; bulk is a little slower", "error", err)
-	}
-}
-
-// tracking tells whether connection tracking has any entry here.
-func tracking() bool {
-	b, err := os.ReadFile("/proc/thread-self/net/stat/nf_conntrack")
-	if err != nil {
-		return !os.IsNotExist(err)
-	}
-	return conntrackEntries(b) != 0
-}
-
-// conntrackEntries reads the number of entries, in hexadecimal the first word
-// of the second line (net/netfilter/nf_conntrack_standalone.c).
-func conntrackEntries(stat []byte) int64 {
-	_, rows, _ := strings.Cut(string(stat), "\n")
-	f := strings.Fields(rows)
-	if len(f) == 0 {
-		return -1
-	}
-	n, err := strconv.ParseInt(f[0], 16, 64)
-	if err != nil {
-		return -1
-	}
-	return n
 }
 
 var setOf = [...]rules.Set{
@@ -397,7 +349,7 @@ func (n *Node) tell(failed error) {
 		if r.Err == nil {
 			r.Err = failed
 		}
-		c.done <- result{r.Body, r.Err}
+		n.answer(c, result{r.Body, r.Err})
 	}
 	for _, r := range fx.Restores {
 		n.wg.Go(func() { n.requestRestore(r) })
@@ -425,20 +377,39 @@ func (n *Node) stop() {
 	n.inbox = nil
 	n.mu.Unlock()
 	for _, c := range in {
-		c.done <- result{nil, errStopping}
+		n.answer(c, result{nil, errStopping})
 	}
 	for id, c := range n.calls {
 		delete(n.calls, id)
-		c.done <- result{nil, errStopping}
+		n.answer(c, result{nil, errStopping})
+	}
+}
+
+// answer gives c its result. The caller may have gone away.
+func (n *Node) answer(c *call, r result) {
+	c.done <- r
+	if c.after != nil {
+		n.wg.Go(c.after)
 	}
 }
 
 // do has the loop carry out one request and waits for its answer.
 func (n *Node) do(ctx context.Context, body any) (any, error) {
 	c := &call{body: body, done: make(chan result, 1)}
+	if _, ok := body.(*filter.SnapshotStart); ok {
+		unpin, err := n.pin()
+		if err != nil {
+			unpin()
+			return nil, err
+		}
+		c.after = unpin
+	}
 	n.mu.Lock()
 	if n.stopped {
 		n.mu.Unlock()
+		if c.after != nil {
+			c.after()
+		}
 		return nil, errStopping
 	}
 	n.inbox = append(n.inbox, c)

@@ -143,7 +143,9 @@ func sockets(in []*pb.Socket) ([]filter.Socket, error) {
 		}
 		out = append(out, filter.Socket{
 			ID: id, Established: k.State == "ESTABLISHED" || k.State == "CLOSE_WAIT", CloseWait: k.State == "CLOSE_WAIT",
-			Passive: k.Passive, SendQueue: k.SendQueue, HasInfo: k.HasInfo,
+			LocalClosed:  slices.Contains([]string{"FIN_WAIT1", "FIN_WAIT2", "CLOSING", "LAST_ACK"}, k.State),
+			RemoteClosed: k.State == "CLOSING" || k.State == "LAST_ACK",
+			Passive:      k.Passive, SendQueue: k.SendQueue, HasInfo: k.HasInfo,
 			TS: k.OptTimestamps, SACK: k.OptSack, WScale: k.OptWscale,
 			RemoteScale: uint8(min(k.SndWscale, 14)), LocalScale: uint8(min(k.RcvWscale, 14)), SndMSS: k.SndMss,
 			BytesAcked: k.BytesAcked, BytesReceived: k.BytesReceived,
@@ -164,7 +166,7 @@ func connID(local, remote string) (id filter.ConnID, err error) {
 }
 
 func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.SnapshotFreezeRequest]) (*connect.Response[pb.AppReply], error) {
-	return s.change(ctx, r.Msg.App, &filter.SnapshotFreeze{App: r.Msg.App, Boundary: r.Msg.Boundary, Quiet: r.Msg.QuietMs * 1e6})
+	return s.change(ctx, r.Msg.App, &filter.SnapshotFreeze{App: r.Msg.App, Boundary: r.Msg.Boundary, Quiet: r.Msg.QuietMs * 1e6, PassCloses: r.Msg.PassCloses})
 }
 
 func (s service) Seal(ctx context.Context, r *connect.Request[pb.SealRequest]) (*connect.Response[pb.AppReply], error) {

@@ -57,6 +57,7 @@ const (
 	BoundaryTurn = "turn"
 	BoundaryLine = "line"
 	BoundaryResp = "resp"
+	BoundaryNow  = "now" // of the request alone: freezes where things stand
 )
 
 var states = []string{

@@ -765,10 +765,15 @@ func (x *LearnReply) GetUnlearned() []string {
 }
 
 type SnapshotFreezeRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
-	Boundary      string                 `protobuf:"bytes,2,opt,name=boundary,proto3" json:"boundary,omitempty"` // "turn"
-	QuietMs       int64                  `protobuf:"varint,3,opt,name=quiet_ms,json=quietMs,proto3" json:"quiet_ms,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	App   string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	// "turn"; or "now", also once more while frozen: what has not reached its
+	// boundary yet is frozen where it stands.
+	Boundary string `protobuf:"bytes,2,opt,name=boundary,proto3" json:"boundary,omitempty"`
+	QuietMs  int64  `protobuf:"varint,3,opt,name=quiet_ms,json=quietMs,proto3" json:"quiet_ms,omitempty"`
+	// The caller sends SEAL before it stops the application. Until then a FIN or
+	// RST of local is the application's own word and goes to the remote.
+	PassCloses    bool `protobuf:"varint,4,opt,name=pass_closes,json=passCloses,proto3" json:"pass_closes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -822,6 +827,13 @@ func (x *SnapshotFreezeRequest) GetQuietMs() int64 {
 		return x.QuietMs
 	}
 	return 0
+}
+
+func (x *SnapshotFreezeRequest) GetPassCloses() bool {
+	if x != nil {
+		return x.PassCloses
+	}
+	return false
 }
 
 type SealRequest struct {
@@ -2558,11 +2570,13 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x18\n" +
 	"\alearned\x18\x03 \x01(\rR\alearned\x12\x1c\n" +
-	"\tunlearned\x18\x04 \x03(\tR\tunlearned\"`\n" +
+	"\tunlearned\x18\x04 \x03(\tR\tunlearned\"\x81\x01\n" +
 	"\x15SnapshotFreezeRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1a\n" +
 	"\bboundary\x18\x02 \x01(\tR\bboundary\x12\x19\n" +
-	"\bquiet_ms\x18\x03 \x01(\x03R\aquietMs\"\x1f\n" +
+	"\bquiet_ms\x18\x03 \x01(\x03R\aquietMs\x12\x1f\n" +
+	"\vpass_closes\x18\x04 \x01(\bR\n" +
+	"passCloses\"\x1f\n" +
 	"\vSealRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\"^\n" +
 	"\x13SnapshotDoneRequest\x12\x10\n" +
