@@ -76,7 +76,7 @@ func TestUsage(t *testing.T) {
 		{"LOCAL", []string{"ioctl", "RESTORECONN", "redis", "192.0.2.1", "192.0.2.2:1", "syn"}},
 		{"REMOTE", []string{"ioctl", "RESTORECONN", "redis", "192.0.2.1:1", "192.0.2.2", "syn"}},
 		{"syn (accepted", []string{"ioctl", "RESTORECONN", "redis", "192.0.2.1:1", "192.0.2.2:1", "ack"}},
-		{"it is turn, line or resp", []string{"ioctl", "SNAPSHOTFREEZE", "redis", "--boundary", "x"}},
+		{"it is turn, line, resp or now", []string{"ioctl", "SNAPSHOTFREEZE", "redis", "--boundary", "x"}},
 		{"cannot be negative", []string{"ioctl", "SNAPSHOTFREEZE", "redis", "--quiet", "-1s"}},
 		{"ID is empty", []string{"ioctl", "SNAPSHOTDONE", "redis", ""}},
 	} {

@@ -107,7 +107,7 @@ SNAPSHOTSTART finds the application's sockets itself and needs root.`,
 	f.DurationVar(&fl.learnTimeout, "learn-timeout", 0, "SNAPSHOTSTART: how long learning may take, as a `DURATION`; 0: the filter's own")
 	f.BoolVar(&fl.leaveOut, "leave-out", false, "SNAPSHOTSTART: leave out and reset what cannot be learned")
 	f.StringVar(&fl.namespace, "namespace", "", "SNAPSHOTSTART: network namespace (`NAME` or path) that the application runs in")
-	f.StringVar(&fl.boundary, "boundary", control.BoundaryTurn, "SNAPSHOTFREEZE: where a connection may freeze: `turn|line|resp`")
+	f.StringVar(&fl.boundary, "boundary", control.BoundaryTurn, "SNAPSHOTFREEZE: where a connection may freeze: `turn|line|resp|now`")
 	f.DurationVar(&fl.quiet, "quiet", 50*time.Millisecond, "SNAPSHOTFREEZE: silence that counts as finished, as a `DURATION`")
 	f.BoolVar(&fl.resetMissing, "reset-missing", false, "RESTORED: reset connections that did not come back")
 	return cmd
@@ -190,8 +190,8 @@ func ioctlUnregister(c *cli, ctx context.Context, f *control.FilterClient, app s
 }
 
 func ioctlSnapshotFreeze(c *cli, ctx context.Context, f *control.FilterClient, app string, _ []string, fl *ioctlFlags) error {
-	if !slices.Contains([]string{control.BoundaryTurn, control.BoundaryLine, control.BoundaryResp}, fl.boundary) {
-		return usagef("--boundary %s: it is turn, line or resp", fl.boundary)
+	if !slices.Contains([]string{control.BoundaryTurn, control.BoundaryLine, control.BoundaryResp, control.BoundaryNow}, fl.boundary) {
+		return usagef("--boundary %s: it is turn, line, resp or now", fl.boundary)
 	}
 	if fl.quiet < 0 {
 		return usagef("--quiet %v: it cannot be negative", fl.quiet)

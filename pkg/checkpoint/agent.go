@@ -72,6 +72,7 @@ type agent struct {
 	filter      nfconnfilterv1connect.FilterClient
 	openSockets func(namespace string) (sockets, error)
 	addrs       addresses
+	sysctl      func(name string) string // a value below /proc/sys, "" where it cannot be read
 	launch      launcher
 	store       store
 	trust       func(path string) error // whether root may run what the file says
@@ -122,7 +123,11 @@ func Run(ctx context.Context, o Options) error {
 
 func newAgent(root context.Context, o Options, cfg *config.Config, filter nfconnfilterv1connect.FilterClient) *agent {
 	return &agent{
-		trust:   config.CheckTrusted,
+		trust: config.CheckTrusted,
+		sysctl: func(name string) string {
+			b, _ := os.ReadFile("/proc/sys/" + name)
+			return string(b)
+		},
 		readApp: func(name string) (*config.App, error) { return config.LoadApp(o.SharedDir, o.NodeFile, name) },
 		o:       o, log: o.Logger, filter: filter, cfg: cfg, root: root,
 		store: store{filepath.Join(o.SharedDir, "snapshots")},

@@ -120,7 +120,10 @@ func (w *world) SnapshotStart(_ context.Context, r *connect.Request[pb.SnapshotS
 	return connect.NewResponse(&pb.LearnReply{Unlearned: w.unlearned}), nil
 }
 
-func (w *world) SnapshotFreeze(context.Context, *connect.Request[pb.SnapshotFreezeRequest]) (*reply, error) {
+func (w *world) SnapshotFreeze(_ context.Context, r *connect.Request[pb.SnapshotFreezeRequest]) (*reply, error) {
+	if r.Msg.Boundary == control.BoundaryNow {
+		return w.step("SNAPSHOTFREEZE-now", []string{control.StateSnapshotFreeze}, control.StateSnapshotFreeze)
+	}
 	return w.step("SNAPSHOTFREEZE", []string{control.StateSnapshotStart}, control.StateSnapshotFreeze)
 }
 

@@ -195,6 +195,29 @@ func TestDrain(t *testing.T) {
 			t.Errorf("state %s", w.state)
 		}
 	})
+	t.Run("force cuts and the application reads on", func(t *testing.T) {
+		w, a := newWorld(t, 2)
+		unread(w)
+		w.hook["SNAPSHOTFREEZE-now"] = func() {
+			w.mu.Lock()
+			w.socks[1].RecvQ, w.conns[0].Missing = 0, ""
+			w.mu.Unlock()
+		}
+		r, err := snapshotOnce(t.Context(), a, true)
+		if err != nil || len(r.Forced) > 0 {
+			t.Errorf("forced %v, error %v", r.GetForced(), err)
+		}
+	})
+	t.Run("no DSACK", func(t *testing.T) {
+		w, a := newWorld(t, 2)
+		w.socks[1].Info = &sockdiag.TCPInfo{Options: sockdiag.Options{SACK: true}}
+		a.sysctl = func(name string) string { return map[string]string{"net/ipv4/tcp_dsack": "0\n"}[name] }
+		_, err := snapshotOnce(t.Context(), a, false)
+		if err == nil || !strings.Contains(err.Error(), "sysctl -w net.ipv4.tcp_dsack=1") {
+			t.Errorf("error %v", err)
+		}
+		wantRunning(t, w, control.StateConnected)
+	})
 	t.Run("drains in time", func(t *testing.T) {
 		w, a := newWorld(t, 2)
 		unread(w)

@@ -21,6 +21,9 @@ const (
 	// drainPollFirst and drainPollMost are the waits between two accounts.
 	drainPollFirst = 2 * time.Millisecond
 	drainPollMost  = 20 * time.Millisecond
+	// cutTimeout is how long an application has at most, with --force, to
+	// read what it was given before it was cut off.
+	cutTimeout = 2 * time.Second
 	// beforeTimeout bounds the command that runs before the stop; a save of
 	// a large data set takes minutes.
 	beforeTimeout = 10 * time.Minute
@@ -163,6 +166,9 @@ func (r *snapshotRun) announce() error {
 	if err != nil {
 		return err
 	}
+	if err := r.dsack(all); err != nil {
+		return err
+	}
 	req := &pb.SnapshotStartRequest{App: r.app.Name, LeaveOut: r.force}
 	for _, l := range ls {
 		p := uint32(l.Local.Port())
@@ -201,11 +207,24 @@ func (r *snapshotRun) announce() error {
 	return nil
 }
 
+// dsack makes sure that sockets tell what the filter asks: it knows their
+// answers by the duplicate SACK in them (RFC 2883).
+func (r *snapshotRun) dsack(socks []sockdiag.Socket) error {
+	uses := slices.ContainsFunc(socks, func(k sockdiag.Socket) bool { return k.Info != nil && k.Info.Options.SACK })
+	if r.app.Process.Namespace != "" { // the value is that namespace's own
+		return nil
+	}
+	if uses && strings.TrimSpace(r.a.sysctl("net/ipv4/tcp_dsack")) == "0" {
+		return errors.New("net.ipv4.tcp_dsack is 0, and without it connections cannot be learned; set it: sysctl -w net.ipv4.tcp_dsack=1")
+	}
+	return nil
+}
+
 func (r *snapshotRun) freeze() error {
 	r.op.enter("freeze")
 	c := r.app.Checkpoint
 	_, err := r.a.filter.SnapshotFreeze(r.op.ctx, connect.NewRequest(&pb.SnapshotFreezeRequest{
-		App: r.app.Name, Boundary: c.Boundary, QuietMs: c.Quiet.Std().Milliseconds()}))
+		App: r.app.Name, Boundary: c.Boundary, QuietMs: c.Quiet.Std().Milliseconds(), PassCloses: true}))
 	return filterError(err, r.app.Name, control.RequestSnapshotFreeze)
 }
 
@@ -268,11 +287,38 @@ func (r *snapshotRun) drained(deadline time.Time) ([]string, error) {
 		return nil, err
 	}
 	if r.force {
-		return missing, nil
+		return r.cut(missing)
 	}
 	return nil, control.Error(connect.CodeFailedPrecondition, r.app.Name, "",
 		fmt.Sprintf("%d connections are not accounted for within drain_timeout (%s): %s; wait for quieter times, raise it, or use --force",
 			len(missing), r.drain, named(missing)), missing...)
+}
+
+// cut freezes, with force, what has not reached its boundary, wherever it
+// stands, and waits until the application has read what it was given: then
+// every byte is accounted for, if not every request.
+func (r *snapshotRun) cut(missing []string) ([]string, error) {
+	r.op.enter("cut")
+	r.op.note("%d connections are frozen in mid-request", len(missing))
+	if _, err := r.a.filter.SnapshotFreeze(r.op.ctx, connect.NewRequest(&pb.SnapshotFreezeRequest{
+		App: r.app.Name, Boundary: control.BoundaryNow, PassCloses: true})); err != nil {
+		return nil, filterError(err, r.app.Name, control.RequestSnapshotFreeze)
+	}
+	late := errors.New("time-out of the cut")
+	ctx, cancel := context.WithTimeoutCause(r.op.ctx, min(cutTimeout, r.drain), late)
+	defer cancel()
+	err := poll(ctx, drainPollFirst, drainPollMost, func() (bool, error) {
+		m, err := r.look(r.op.ctx)
+		if err != nil {
+			return false, err
+		}
+		missing = m
+		return len(m) == 0, nil
+	})
+	if errors.Is(err, late) {
+		err = nil
+	}
+	return missing, err
 }
 
 // named shortens a list for a message.
