@@ -12,10 +12,19 @@ type rule struct {
 type chain struct {
 	table, hook, name string
 	why               string
+	edge, active      string // what leads to it: SYN, FIN and RST; everything of active VIPs
+	idle              bool   // nothing is active
 	rules             []rule
 }
 
-func (c *chain) jump() string { return "-j " + c.name }
+// jumps are the first rules of the hook, in order. Bulk of a node where nothing
+// is active meets the first one only.
+func (c *chain) jumps() []string {
+	if c.idle {
+		return []string{c.edge + "-j " + c.name}
+	}
+	return []string{c.edge + "-j " + c.name, c.active + " -j " + c.name}
+}
 
 // chains returns the rules of one family. Their words are in the order in which iptables prints them, because
 // Install compares the two and rewrites a chain that differs.
@@ -24,46 +33,44 @@ func chains(f *family, cfg Config) []chain {
 	bypass := q + " --queue-bypass"
 	set := func(s Set, dir string) string { return "-m set --match-set " + f.setName(s) + " " + dir }
 	const edge = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE "
-	const bulk = "-p tcp -m tcp --tcp-flags FIN,SYN,RST NONE "
-	idle := func(dir string) rule {
-		return rule{bulk + "-m set ! --match-set " + f.setName(Active) + " " + dir + " -j RETURN",
-			"bulk of what is neither away nor translated: one look and on"}
-	}
 
 	noTrack := rule{fmt.Sprintf("-m mark --mark 0x%x -j CT --notrack", cfg.Mark|MarkNoTrack),
 		"injected by the filter, not for connection tracking"}
 	ours := rule{fmt.Sprintf("-m mark --mark 0x%x/0x%x -j RETURN", cfg.Mark, cfg.Mask),
 		"our own packets are never queued again"}
 
-	in := chain{table: "raw", hook: "PREROUTING", name: ChainIn, why: "remote to local", rules: []rule{
-		idle("dst"), noTrack, ours,
-		{"-i lo -j RETURN", "the node itself may always talk to the VIP"},
-		{set(Skip, "dst,dst") + " -j RETURN", "ports that are never captured"},
-		{"-p tcp " + set(Away, "dst") + " " + q, "application away: everything, dropped without a filter"},
-		{"-p tcp " + set(Flow, "src,src,dst") + " " + q, "translated flows, dropped without a filter"},
-		{"-p tcp " + set(Full, "dst") + " " + bypass, "full capture"},
-		{edge + set(VIP, "dst") + " " + bypass, "else only SYN, FIN and RST"},
-	}}
+	in := chain{table: "raw", hook: "PREROUTING", name: ChainIn, why: "remote to local",
+		edge: edge, active: set(Active, "dst"), idle: cfg.idle, rules: []rule{
+			noTrack, ours,
+			{"-i lo -j RETURN", "the node itself may always talk to the VIP"},
+			{set(Skip, "dst,dst") + " -j RETURN", "ports that are never captured"},
+			{"-p tcp " + set(Away, "dst") + " " + q, "application away: everything, dropped without a filter"},
+			{"-p tcp " + set(Flow, "src,src,dst") + " " + q, "translated flows, dropped without a filter"},
+			{"-p tcp " + set(Full, "dst") + " " + bypass, "full capture"},
+			{edge + set(VIP, "dst") + " " + bypass, "else only SYN, FIN and RST"},
+		}}
 	for _, t := range f.errTypes {
 		in.rules = append(in.rules, rule{
 			fmt.Sprintf("-p %s %s %d %s %s", f.icmp, f.icmpOpt, t.num, set(Active, "dst"), bypass),
 			"ICMP errors: " + t.name})
 	}
-	out := chain{table: "raw", hook: "OUTPUT", name: ChainOut, why: "local to remote, before connection tracking", rules: []rule{
-		idle("src"), noTrack, ours,
-		{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
-		{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
-		{"-p tcp " + set(Away, "src") + " " + q, "application away: sealed or held, dropped without a filter"},
-		{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
-	}}
-	post := chain{table: "mangle", hook: "POSTROUTING", name: ChainPost, why: "local to remote, after connection tracking", rules: []rule{
-		idle("src"), ours,
-		{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
-		{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
-		{"-p tcp " + set(Flow, "dst,dst,src") + " " + q, "translated flows, dropped without a filter"},
-		{"-p tcp " + set(Full, "src") + " " + bypass, "full capture"},
-		{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
-	}}
+	out := chain{table: "raw", hook: "OUTPUT", name: ChainOut, why: "local to remote, before connection tracking",
+		edge: edge, active: set(Active, "src"), idle: cfg.idle, rules: []rule{
+			noTrack, ours,
+			{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
+			{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
+			{"-p tcp " + set(Away, "src") + " " + q, "application away: sealed or held, dropped without a filter"},
+			{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
+		}}
+	post := chain{table: "mangle", hook: "POSTROUTING", name: ChainPost, why: "local to remote, after connection tracking",
+		edge: edge, active: set(Active, "src"), rules: []rule{
+			ours,
+			{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
+			{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
+			{"-p tcp " + set(Flow, "dst,dst,src") + " " + q, "translated flows, dropped without a filter"},
+			{"-p tcp " + set(Full, "src") + " " + bypass, "full capture"},
+			{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
+		}}
 	if cfg.idle {
 		return []chain{in, out}
 	}

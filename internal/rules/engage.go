@@ -5,12 +5,14 @@ import (
 	"strings"
 )
 
-// Engage writes the chain behind routing (NFCF-POST and its jump), or takes it
-// away. It is needed while something is away or translated. Without it bulk
-// passes one hook less on its way out, which is what a hook costs even when it
-// lets everything pass; SYN, FIN and RST are then queued in raw OUTPUT. Install
-// leaves the chain in place. A chain POSTROUTING that nobody uses is removed
-// too (iptables-nft). Nothing to do is no error and starts no process.
+// Engage makes the rules look at everything of active VIPs, or at SYN, FIN and
+// RST only: it writes the jumps to the chains that look addresses up in the set,
+// and the chain behind routing (NFCF-POST), or takes them away. They are needed
+// while something is away or translated. Without them bulk passes one hook less
+// on its way out and meets one rule in each that is left, which is what a hook
+// costs even when it lets everything pass. Install leaves them in place. A
+// chain POSTROUTING that nobody uses is removed too (iptables-nft). Nothing to
+// do is no error and starts no process.
 func (m *Manager) Engage(on bool) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -30,31 +32,42 @@ func (m *Manager) Engage(on bool) error {
 
 func engage(f *family, cfg Config, on bool) error {
 	cfg.idle = false
-	var decl, body strings.Builder
-	hooks := map[string]string{} // table by hook
-	for _, c := range chains(f, cfg) {
-		if c.name != ChainPost {
-			continue
+	text := map[string]string{} // of each table
+	all := chains(f, cfg)
+	for i := range all {
+		c := &all[i]
+		post := c.name == ChainPost
+		var b strings.Builder
+		switch {
+		case on && post:
+			for _, r := range c.rules {
+				fmt.Fprintf(&b, "-A %s %s\n", c.name, r.spec)
+			}
+			for i, j := range c.jumps() {
+				fmt.Fprintf(&b, "-I %s %d %s\n", c.hook, i+1, j)
+			}
+		case on:
+			fmt.Fprintf(&b, "-I %s 2 %s\n", c.hook, c.jumps()[1])
+		case post:
+			for _, j := range c.jumps() {
+				fmt.Fprintf(&b, "-D %s %s\n", c.hook, j)
+			}
+			fmt.Fprintf(&b, "-X %s\n", c.name)
+		default:
+			fmt.Fprintf(&b, "-D %s %s\n", c.hook, c.jumps()[1])
 		}
-		hooks[c.hook] = c.table
-		fmt.Fprintf(&decl, "*%s\n:%s - [0:0]\n", c.table, c.name)
-		if !on {
-			fmt.Fprintf(&body, "-D %s %s\n-X %s\n", c.hook, c.jump(), c.name)
-			continue
+		if post {
+			text[c.table] = fmt.Sprintf(":%s - [0:0]\n", c.name) + text[c.table]
 		}
-		for _, r := range c.rules {
-			fmt.Fprintf(&body, "-A %s %s\n", c.name, r.spec)
-		}
-		fmt.Fprintf(&body, "-I %s 1 %s\n", c.hook, c.jump())
+		text[c.table] += b.String()
 	}
-	if _, err := runTool(cfg, decl.String()+body.String()+"COMMIT\n", f.iptables+"-restore", "-w", lockWait, "--noflush"); err != nil {
+	batch := "*raw\n" + text["raw"] + "COMMIT\n*mangle\n" + text["mangle"] + "COMMIT\n"
+	if _, err := runTool(cfg, batch, f.iptables+"-restore", "-w", lockWait, "--noflush"); err != nil {
 		return err
 	}
 	if !on {
-		for hook, table := range hooks {
-			// Fails where others have rules in it, and with iptables-legacy: then it stays.
-			_, _ = runTool(cfg, "", f.iptables, "-w", lockWait, "-t", table, "-X", hook)
-		}
+		// Fails where others have rules in it, and with iptables-legacy: then it stays.
+		_, _ = runTool(cfg, "", f.iptables, "-w", lockWait, "-t", "mangle", "-X", "POSTROUTING")
 	}
 	return nil
 }

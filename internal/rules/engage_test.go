@@ -25,6 +25,9 @@ func TestEngage(t *testing.T) {
 	if now := save(); strings.Contains(now, ChainPost) {
 		t.Fatalf("%s is still there:\n%s", ChainPost, now)
 	}
+	if now := save(); strings.Contains(now, "nfcf4-active dst -j NFCF-IN") || !strings.Contains(now, "RST NONE -j NFCF-IN") {
+		t.Fatalf("the jumps of an idle node:\n%s", now)
+	}
 	if hooks := sh(t, ns, "nft list ruleset"); strings.Contains(hooks, "hook postrouting") {
 		t.Fatalf("the hook is still there:\n%s", hooks)
 	}

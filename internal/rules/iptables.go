@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -161,14 +162,17 @@ func (t tableRules) has(name string, want []string) bool {
 	return true
 }
 
-func (t tableRules) jumps(c *chain) (first bool, count int) {
-	for i, spec := range t[c.hook] {
-		if spec == c.jump() {
-			count++
-			first = first || i == 0
+// jumps finds the rules of a hook that lead to c, in any words, and tells
+// whether they are ours and the first.
+func (t tableRules) jumps(c *chain) (have []string, right bool) {
+	for _, spec := range t[c.hook] {
+		if strings.HasSuffix(" "+spec, " -j "+c.name) {
+			have = append(have, spec)
 		}
 	}
-	return first, count
+	want := c.jumps()
+	right = len(have) == len(want) && len(t[c.hook]) >= len(want) && slices.Equal(t[c.hook][:len(want)], want)
+	return have, right
 }
 
 // wantKey names a chain of a family in Manager.want.
@@ -231,11 +235,13 @@ func restoreInput(table string, all []chain, have tableRules) string {
 				fmt.Fprintf(&body, "-A %s %s\n", c.name, r.spec)
 			}
 		}
-		if first, count := have.jumps(c); !first || count != 1 {
-			for range count {
-				fmt.Fprintf(&body, "-D %s %s\n", c.hook, c.jump())
+		if old, right := have.jumps(c); !right {
+			for _, spec := range old {
+				fmt.Fprintf(&body, "-D %s %s\n", c.hook, spec)
 			}
-			fmt.Fprintf(&body, "-I %s 1 %s\n", c.hook, c.jump())
+			for i, spec := range c.jumps() {
+				fmt.Fprintf(&body, "-I %s %d %s\n", c.hook, i+1, spec)
+			}
 		}
 	}
 	if decl.Len() == 0 && body.Len() == 0 {
@@ -265,11 +271,11 @@ func verifyRules(f *family, cfg Config, want map[string][]string) ([]string, err
 			case !have.has(c.name, want[wantKey(f, c)]):
 				say("chain %s in table %s was changed", c.name, table)
 			}
-			switch first, count := have.jumps(c); {
-			case count == 0:
-				say("the jump to %s in table %s, chain %s is missing", c.name, table, c.hook)
-			case !first:
-				say("the jump to %s in table %s is no longer the first rule of %s", c.name, table, c.hook)
+			switch found, right := have.jumps(c); {
+			case len(found) < len(c.jumps()):
+				say("a jump to %s in table %s, chain %s is missing", c.name, table, c.hook)
+			case !right:
+				say("the jumps to %s in table %s are no longer the first rules of %s", c.name, table, c.hook)
 			}
 		}
 	}
@@ -290,9 +296,9 @@ func purgeRules(f *family, cfg Config) error {
 			if c.table != table {
 				continue
 			}
-			_, count := have.jumps(c)
-			for range count {
-				fmt.Fprintf(&body, "-D %s %s\n", c.hook, c.jump())
+			found, _ := have.jumps(c)
+			for _, spec := range found {
+				fmt.Fprintf(&body, "-D %s %s\n", c.hook, spec)
 			}
 			if _, there := have[c.name]; there {
 				fmt.Fprintf(&decl, ":%s - [0:0]\n", c.name)

@@ -58,6 +58,8 @@ func printChain(b *strings.Builder, f *family, c *chain) {
 	for _, r := range c.rules {
 		fmt.Fprintf(b, "# %s\n%s -A %s %s\n", r.why, cmd, c.name, r.spec)
 	}
-	fmt.Fprintf(b, "# first in %s\nwhile %s -D %s %s 2>/dev/null; do :; done\n", c.hook, cmd, c.hook, c.jump())
-	fmt.Fprintf(b, "%s -I %s 1 %s\n", cmd, c.hook, c.jump())
+	fmt.Fprintf(b, "# first in %s\n", c.hook)
+	for i, j := range c.jumps() {
+		fmt.Fprintf(b, "while %s -D %s %s 2>/dev/null; do :; done\n%s -I %s %d %s\n", cmd, c.hook, j, cmd, c.hook, i+1, j)
+	}
 }

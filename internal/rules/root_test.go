@@ -78,7 +78,7 @@ func TestInstallReplacesOtherConfig(t *testing.T) {
 		t.Errorf("a temporary set is left:\n%s", got)
 	}
 	pre := sh(t, ns, "iptables -t raw -S PREROUTING; iptables -t raw -S OUTPUT")
-	if !strings.Contains(pre, "-A PREROUTING -j NFCF-IN\n-A PREROUTING -p udp -j ACCEPT\n") || strings.Count(pre, "NFCF-OUT") != 1 {
+	if !strings.Contains(pre, " dst -j NFCF-IN\n-A PREROUTING -p udp -j ACCEPT\n") || strings.Count(pre, "NFCF-OUT") != 2 {
 		t.Errorf("the jumps are not right:\n%s", pre)
 	}
 }
@@ -90,7 +90,7 @@ func TestVerifyAndRepair(t *testing.T) {
 		{"flush mangle", "iptables -t mangle -F; iptables -t mangle -X", "chain NFCF-POST in table mangle is missing"},
 		{"flush IPv6", "ip6tables -t raw -F", "IPv6: chain NFCF-IN"},
 		{"rule altered", "iptables -t raw -R NFCF-IN 5 -j ACCEPT", "NFCF-IN in table raw was changed"},
-		{"rule before ours", "iptables -t raw -I OUTPUT -j ACCEPT", "no longer the first rule of OUTPUT"},
+		{"rule before ours", "iptables -t raw -I OUTPUT -j ACCEPT", "no longer the first rules of OUTPUT"},
 		{"everything by nft", "nft flush ruleset; for i in 1 2 3 4 5 6 7 8 9 10; do ipset destroy 2>/dev/null && break; sleep 0.1; done", "set nfcf4-away is missing"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -129,7 +129,8 @@ func TestNoBypassComesFirst(t *testing.T) {
 func TestRestoreInput(t *testing.T) {
 	all := chains(&family4, Config{}.withDefaults())
 	in := &all[0]
-	full := tableRules{"PREROUTING": {"-j NFCF-IN"}, "OUTPUT": {"-j NFCF-OUT"}, ChainIn: specs(in), ChainOut: specs(&all[1])}
+	toIn, toOut := in.jumps(), all[1].jumps()
+	full := tableRules{"PREROUTING": toIn, "OUTPUT": toOut, ChainIn: specs(in), ChainOut: specs(&all[1])}
 	clone := func(change func(tableRules)) tableRules {
 		c := tableRules{}
 		for k, v := range full {
@@ -146,10 +147,12 @@ func TestRestoreInput(t *testing.T) {
 	}{
 		{"all there", full, nil, []string{"*raw"}},
 		{"empty table", tableRules{}, []string{":NFCF-IN", ":NFCF-OUT", "-I PREROUTING 1", "-I OUTPUT 1", "COMMIT"}, []string{"-D ", "NFCF-POST"}},
-		{"not first", clone(func(r tableRules) { r["PREROUTING"] = []string{"-j ACCEPT", "-j NFCF-IN"} }),
-			[]string{"-D PREROUTING -j NFCF-IN\n-I PREROUTING 1 -j NFCF-IN"}, []string{":NFCF", "OUTPUT"}},
-		{"twice", clone(func(r tableRules) { r["OUTPUT"] = []string{"-j NFCF-OUT", "-j NFCF-OUT"} }),
-			[]string{"-D OUTPUT -j NFCF-OUT\n-D OUTPUT -j NFCF-OUT\n-I OUTPUT 1"}, []string{":NFCF"}},
+		{"not first", clone(func(r tableRules) { r["PREROUTING"] = append([]string{"-j ACCEPT"}, toIn...) }),
+			[]string{"-D PREROUTING " + toIn[0] + "\n-D PREROUTING " + toIn[1] + "\n-I PREROUTING 1 " + toIn[0] + "\n-I PREROUTING 2 " + toIn[1]}, []string{":NFCF", "OUTPUT"}},
+		{"other words", clone(func(r tableRules) { r["PREROUTING"] = []string{"-j NFCF-IN"} }),
+			[]string{"-D PREROUTING -j NFCF-IN\n-I PREROUTING 1 " + toIn[0]}, []string{":NFCF", "OUTPUT"}},
+		{"twice", clone(func(r tableRules) { r["OUTPUT"] = append(r["OUTPUT"], toOut[1]) }),
+			[]string{"-D OUTPUT " + toOut[1] + "\n-D OUTPUT " + toOut[1] + "\n-I OUTPUT 1"}, []string{":NFCF"}},
 		{"changed", clone(func(r tableRules) { r[ChainIn][4] = "-j ACCEPT" }), []string{":NFCF-IN", "-A NFCF-IN -i lo"}, []string{"-I ", "NFCF-OUT"}},
 		{"longer", clone(func(r tableRules) { r[ChainIn] = append(r[ChainIn], "-j ACCEPT") }), []string{":NFCF-IN"}, []string{"-I ", "NFCF-OUT"}},
 	} {

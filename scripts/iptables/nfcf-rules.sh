@@ -13,8 +13,7 @@
 #   vip   VIPs of registered applications: SYN, FIN and RST are queued, bulk never leaves the kernel
 #   full  VIPs of which everything is queued (a snapshot is announced)
 #   away  VIPs whose application is frozen or gone: everything is queued, and dropped without a filter
-#   active  VIPs with anything in full, away or flow: the bulk of all others returns at the first rule;
-#         ICMP errors for these are queued
+#   active  VIPs with anything in full, away or flow: only of these is bulk looked at, and ICMP errors queued
 #   skip  VIP,tcp:port that is never captured
 #   flow  remote,tcp:port,VIP of connections whose numbers are translated; dropped without a filter
 # --queue-bypass lets packets pass while no filter runs. The rules without it stand first.
@@ -63,9 +62,12 @@ notrack=$(printf '0x%x' $((mark | 1)))
 mark=$(printf '0x%x' $((mark)))
 mask=$(printf '0x%x' $((mask)))
 
-# drop_jump IPTABLES TABLE HOOK CHAIN: a "-D" line for each jump that is there.
-drop_jump() {
-	$1 -w -t "$2" -S "$3" | sed -n "s/^-A \($3 -j $4\)\$/-D \1/p"
+# jumps IPTABLES TABLE HOOK CHAIN SET DIRECTION: what leads to a chain, first in its hook: SYN, FIN and RST, and
+# everything of active VIPs. Bulk of other VIPs meets no more than these two. Jumps that are there are replaced.
+jumps() {
+	$1 -w -t "$2" -S "$3" | sed -n "s/^-A \($3\( .*\)* -j $4\)\$/-D \1/p"
+	echo "-I $3 1 -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -j $4"
+	echo "-I $3 2 -m set --match-set $5 $6 -j $4"
 }
 
 # sets PREFIX FAMILY
@@ -96,8 +98,6 @@ rules() {
 		*raw
 		:NFCF-IN - [0:0]
 		:NFCF-OUT - [0:0]
-		# bulk of what is neither away nor translated
-		-A NFCF-IN -p tcp -m tcp --tcp-flags FIN,SYN,RST NONE -m set ! --match-set $2active dst -j RETURN
 		# the filter's own packets
 		-A NFCF-IN -m mark --mark $notrack -j CT --notrack
 		-A NFCF-IN -m mark --mark $mark/$mask -j RETURN
@@ -111,40 +111,39 @@ rules() {
 		-A NFCF-IN -p tcp -m set --match-set $2full dst -j NFQUEUE --queue-num $queue --queue-bypass
 		-A NFCF-IN -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip dst -j NFQUEUE --queue-num $queue --queue-bypass
 		$(icmp_errors "$1" "$2")
-		-A NFCF-OUT -p tcp -m tcp --tcp-flags FIN,SYN,RST NONE -m set ! --match-set $2active src -j RETURN
 		-A NFCF-OUT -m mark --mark $notrack -j CT --notrack
 		-A NFCF-OUT -m mark --mark $mark/$mask -j RETURN
 		-A NFCF-OUT -o lo -j RETURN
 		-A NFCF-OUT -m set --match-set $2skip src,src -j RETURN
 		-A NFCF-OUT -p tcp -m set --match-set $2away src -j NFQUEUE --queue-num $queue
 		-A NFCF-OUT -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip src -j NFQUEUE --queue-num $queue --queue-bypass
-		$(drop_jump "$1" raw PREROUTING NFCF-IN)
-		-I PREROUTING 1 -j NFCF-IN
-		$(drop_jump "$1" raw OUTPUT NFCF-OUT)
-		-I OUTPUT 1 -j NFCF-OUT
+		$(jumps "$1" raw PREROUTING NFCF-IN "$2active" dst)
+		$(jumps "$1" raw OUTPUT NFCF-OUT "$2active" src)
 		COMMIT
 	EOF
 	# After connection tracking, which so sees local numbers only: what goes to the remote. The filter has
-	# this chain only while something is away or translated: bulk is faster without the hook.
+	# this chain, and the second jump to the others, only while something is away or translated: bulk is faster
+	# without them.
 	"$1-restore" -w --noflush <<-EOF
 		*mangle
 		:NFCF-POST - [0:0]
-		-A NFCF-POST -p tcp -m tcp --tcp-flags FIN,SYN,RST NONE -m set ! --match-set $2active src -j RETURN
 		-A NFCF-POST -m mark --mark $mark/$mask -j RETURN
 		-A NFCF-POST -o lo -j RETURN
 		-A NFCF-POST -m set --match-set $2skip src,src -j RETURN
 		-A NFCF-POST -p tcp -m set --match-set $2flow dst,dst,src -j NFQUEUE --queue-num $queue
 		-A NFCF-POST -p tcp -m set --match-set $2full src -j NFQUEUE --queue-num $queue --queue-bypass
 		-A NFCF-POST -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip src -j NFQUEUE --queue-num $queue --queue-bypass
-		$(drop_jump "$1" mangle POSTROUTING NFCF-POST)
-		-I POSTROUTING 1 -j NFCF-POST
+		$(jumps "$1" mangle POSTROUTING NFCF-POST "$2active" src)
 		COMMIT
 	EOF
 }
 
 # unhook IPTABLES TABLE HOOK CHAIN
 unhook() {
-	while $1 -w -t "$2" -D "$3" -j "$4" 2>/dev/null; do :; done
+	$1 -w -t "$2" -S "$3" 2>/dev/null | sed -n "s/^-A \($3\( .*\)* -j $4\)\$/-D \1/p" | while read -r rule; do
+		# shellcheck disable=SC2086 # the words of a rule
+		$1 -w -t "$2" $rule
+	done
 	if $1 -w -t "$2" -S "$4" >/dev/null 2>&1; then
 		$1 -w -t "$2" -F "$4"
 		$1 -w -t "$2" -X "$4"
