@@ -53,18 +53,23 @@ func (e *ICMPError) parse4(b []byte) bool {
 }
 
 func (e *ICMPError) parse6(b []byte) bool {
-	if len(b) < 40 || b[6] != protoICMPv6 {
+	if len(b) < 40 {
 		return false
 	}
 	end := 40 + int(binary.BigEndian.Uint16(b[4:]))
-	if end > len(b) || end < 40+8+40+8 || b[40] < 1 || b[40] > 4 {
+	if end > len(b) {
 		return false
 	}
-	q := b[48:end]
-	if q[0]>>4 != 6 || q[6] != protoTCP {
+	proto, at, f := upper6(b[:end])
+	if f != OK || proto != protoICMPv6 || end < at+8+40+8 || b[at] < 1 || b[at] > 4 {
 		return false
 	}
-	e.v6, e.icmp, e.end, e.q = true, 40, end, 88
+	q := b[at+8 : end]
+	qproto, qat, f := upper6(q)
+	if q[0]>>4 != 6 || f != OK || qproto != protoTCP || len(q) < qat+8 {
+		return false
+	}
+	e.v6, e.icmp, e.end, e.q = true, at, end, at+8+qat
 	e.ports(netip.AddrFrom16([16]byte(q[8:24])), netip.AddrFrom16([16]byte(q[24:40])))
 	return true
 }

@@ -144,8 +144,17 @@ func TestParseFaults(t *testing.T) {
 		{"end of options", OK, func(b []byte) []byte { b[40], b[41] = 0, 99; return b }},
 		{"timestamp of a wrong length", OK, func(b []byte) []byte { b[43] = 9; b[51] = 1; return b }},
 		{"IPv6 truncated", Truncated, func([]byte) []byte { return []byte{0x60, 0, 0} }},
-		{"IPv6 fragment", Fragment, func([]byte) []byte { b := make([]byte, 48); b[0], b[5], b[6] = 0x60, 8, 44; return b }},
-		{"IPv6 hop by hop", NotTCP, func([]byte) []byte { b := make([]byte, 48); b[0], b[5] = 0x60, 8; return b }},
+		{"IPv6 fragment", Fragment, func([]byte) []byte { b := make([]byte, 48); b[0], b[5], b[6], b[43] = 0x60, 8, 44, 1; return b }},
+		{"IPv6 hop by hop without end", BadIPHeader, func([]byte) []byte { b := make([]byte, 140); b[0], b[5] = 0x60, 100; return b }},
+		{"IPv6 hop by hop cut", Truncated, func([]byte) []byte { b := make([]byte, 44); b[0], b[5] = 0x60, 4; return b }},
+		{"IPv6 hop by hop longer than all", Truncated, func([]byte) []byte { b := make([]byte, 48); b[0], b[5], b[41] = 0x60, 8, 9; return b }},
+		{"IPv6 UDP behind options", NotTCP, func([]byte) []byte { b := make([]byte, 60); b[0], b[5], b[40] = 0x60, 20, 17; return b }},
+		{"IPv6 ESP", NotTCP, func([]byte) []byte { b := make([]byte, 60); b[0], b[5], b[6] = 0x60, 20, 50; return b }},
+		{"IPv6 on its way", NotTCP, func([]byte) []byte {
+			b := make([]byte, 60)
+			b[0], b[5], b[6], b[40], b[43] = 0x60, 20, 43, 6, 1
+			return b
+		}},
 	} {
 		var s Segment
 		if got := s.Parse(c.edit(bytes.Clone(good))); got != c.want {
@@ -156,6 +165,76 @@ func TestParseFaults(t *testing.T) {
 
 // Every setter leaves the checksum that a full computation gives, also where
 // options stand at odd offsets.
+// extended puts extension headers between the IPv6 header and the rest.
+func extended(b []byte, headers ...[]byte) []byte {
+	next := b[6]
+	var ext []byte
+	for i, h := range headers {
+		kind := h[0]
+		h = append([]byte(nil), h[1:]...)
+		h[0] = next
+		if i+1 < len(headers) {
+			h[0] = headers[i+1][0]
+		}
+		if i == 0 {
+			b[6] = kind
+		}
+		ext = append(ext, h...)
+	}
+	out := append(append(append([]byte(nil), b[:40]...), ext...), b[40:]...)
+	binary.BigEndian.PutUint16(out[4:], uint16(len(out)-40))
+	return out
+}
+
+var (
+	hopByHop    = append([]byte{0, 0, 0, 1, 4}, make([]byte, 4)...)
+	destination = append([]byte{60, 0, 1, 1, 12}, make([]byte, 12)...)
+	routeEnded  = append([]byte{43, 0, 0, 4, 0}, make([]byte, 4)...)
+	atomic      = append([]byte{44, 0, 0, 0, 0}, make([]byte, 4)...)
+	firstPiece  = append([]byte{44, 0, 0, 0, 1}, make([]byte, 4)...)
+	laterPiece  = append([]byte{44, 0, 0, 0, 9}, make([]byte, 4)...)
+)
+
+// Extension headers that leave a segment whole are passed over, and the
+// segment behind them is read and written as any other.
+func TestExtensionHeaders(t *testing.T) {
+	sp := Spec{Src: netip.MustParseAddrPort("[fd00::2]:4000"), Dst: netip.MustParseAddrPort("[fd00::100]:80"), Seq: 7, Ack: 9,
+		Flags: ACK, Window: 500, HasTS: true, TSVal: 3, TSEcr: 4, Payload: []byte("abc")}
+	plain := sp.Build(make([]byte, sp.Size()))
+	for name, ext := range map[string][][]byte{
+		"hop by hop": {hopByHop}, "destination": {destination}, "route": {routeEnded}, "atomic fragment": {atomic},
+		"all": {hopByHop, destination, routeEnded, atomic, destination},
+	} {
+		b := extended(append([]byte(nil), plain...), ext...)
+		var s Segment
+		if f := s.Parse(b); f != OK || s.Src != sp.Src || s.Dst != sp.Dst || s.Seq != 7 || string(s.Payload()) != "abc" || !s.ChecksumOK() {
+			t.Errorf("%s: %v, %v > %v seq %d, %q", name, f, s.Src, s.Dst, s.Seq, s.Payload())
+			continue
+		}
+		s.SetSeq(1 << 31)
+		s.SetDstPort(81)
+		s.SetTS(77, 78)
+		if f := s.Parse(b); f != OK || s.Seq != 1<<31 || s.Dst.Port() != 81 || s.Opt.TSVal != 77 || !s.ChecksumOK() {
+			t.Errorf("%s: after writing: %v, seq %d, port %d, ts %d, checksum %v", name, f, s.Seq, s.Dst.Port(), s.Opt.TSVal, s.ChecksumOK())
+		}
+		g := gopacket.NewPacket(b, layers.LayerTypeIPv6, gopacket.Default)
+		if tcp, _ := g.TransportLayer().(*layers.TCP); (name == "hop by hop" || name == "destination") && (tcp == nil || tcp.Seq != 1<<31 || tcp.DstPort != 81) {
+			t.Errorf("%s: gopacket reads %v", name, g)
+		}
+	}
+	for name, ext := range map[string][][]byte{"first": {hopByHop, firstPiece}, "later": {laterPiece}} {
+		b := extended(append([]byte(nil), plain...), ext...)
+		var s Segment
+		if f := s.Parse(b); f != Fragment {
+			t.Errorf("%s fragment: %v", name, f)
+		}
+		src, dst, ok := Ports(b)
+		if ok != (name == "first") || ok && (src != sp.Src || dst != sp.Dst) {
+			t.Errorf("%s fragment: ports %v %v %v", name, src, dst, ok)
+		}
+	}
+}
+
 func TestSettersKeepChecksum(t *testing.T) {
 	for _, sp := range specs() {
 		b := sp.Build(make([]byte, sp.Size()))

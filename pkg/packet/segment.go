@@ -132,14 +132,82 @@ func (s *Segment) parse6(b []byte) (src, dst netip.Addr, f Fault) {
 	if len(b) < end {
 		return src, dst, Truncated
 	}
-	if b[6] != protoTCP { // extension headers are not walked: such a packet is not ours
-		if b[6] == 44 {
-			return src, dst, Fragment
-		}
+	proto, off, f := upper6(b[:end])
+	switch {
+	case f != OK:
+		return src, dst, f
+	case proto != protoTCP:
 		return src, dst, NotTCP
 	}
-	s.v6, s.l4, s.end = true, 40, end
+	s.v6, s.l4, s.end = true, off, end
 	return netip.AddrFrom16([16]byte(b[8:24])), netip.AddrFrom16([16]byte(b[24:40])), OK
+}
+
+// Extension headers of IPv6 (RFC 8200 section 4).
+const (
+	extHopByHop    = 0
+	extRouting     = 43
+	extFragment    = 44
+	extDestination = 60
+	maxExtensions  = 8
+)
+
+// upper6 finds the upper-layer header of an IPv6 packet behind extension
+// headers that leave it whole: options, a route that has come to its end, and
+// a fragment that is the only one (RFC 6946). Other headers count as upper
+// layer.
+func upper6(b []byte) (proto uint8, off int, f Fault) {
+	proto, off = b[6], 40
+	for range maxExtensions {
+		switch proto {
+		case extHopByHop, extRouting, extDestination, extFragment:
+		default:
+			return proto, off, OK
+		}
+		if len(b) < off+8 {
+			return proto, off, Truncated
+		}
+		n := 8
+		switch {
+		case proto == extFragment && binary.BigEndian.Uint16(b[off+2:])&0xfff9 != 0:
+			return proto, off, Fragment
+		case proto == extRouting && b[off+3] != 0:
+			return proto, off, NotTCP // this is not its destination
+		case proto != extFragment:
+			n += 8 * int(b[off+1])
+		}
+		proto, off = b[off], off+n
+		if off > len(b) {
+			return proto, off, Truncated
+		}
+	}
+	return proto, off, BadIPHeader
+}
+
+// Ports reads addresses and ports of a TCP packet that need not be whole: of a
+// fragment the first one names the ports. It reports false where they are not
+// there.
+func Ports(b []byte) (src, dst netip.AddrPort, ok bool) {
+	var from, to netip.Addr
+	l4 := 0
+	switch {
+	case len(b) >= 20 && b[0]>>4 == 4 && b[9] == protoTCP && b[6]&0x1f == 0 && b[7] == 0:
+		from, to = netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:]))
+		l4 = int(b[0]&15) * 4
+	case len(b) >= 40 && b[0]>>4 == 6:
+		proto, off, f := upper6(b)
+		if f == Fragment && binary.BigEndian.Uint16(b[off+2:])&0xfff8 == 0 {
+			proto, off, f = b[off], off+8, OK
+		}
+		if f != OK || proto != protoTCP {
+			return src, dst, false
+		}
+		from, to, l4 = netip.AddrFrom16([16]byte(b[8:])), netip.AddrFrom16([16]byte(b[24:])), off
+	}
+	if !from.IsValid() || len(b) < l4+4 {
+		return src, dst, false
+	}
+	return netip.AddrPortFrom(from, binary.BigEndian.Uint16(b[l4:])), netip.AddrPortFrom(to, binary.BigEndian.Uint16(b[l4+2:])), true
 }
 
 func (s *Segment) parseTCP(src, dst netip.Addr) Fault {
