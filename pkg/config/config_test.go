@@ -71,7 +71,9 @@ func TestDefaults(t *testing.T) {
 		StateDir: "/var/lib/nfconnfilter", ControlSocket: "/run/nfconnfilter/control.sock",
 		AgentSocket: "/run/nfconnfilter/agent.sock", ControlGroup: "nfconnfilter",
 		Queue: Queue{First: 64, Count: 1, Mark: 0x4e460000, MarkMask: 0xffff0000, MaxConnections: 1048576},
-		CRIU:  CRIU{Command: "criu"},
+		Limits: Limits{KeptBytes: 256 << 20, KeptBytesPerApp: 256 << 20, KeptBytesPerConnection: 60000,
+			PendingSYNs: 65536, PendingSYNsPerApp: 4096},
+		CRIU: CRIU{Command: "criu"},
 	}
 	if c.Node != wantNode {
 		t.Errorf("node\n got %+v\nwant %+v", c.Node, wantNode)
@@ -136,6 +138,13 @@ count = 3
 mark = 0x10
 mark_mask = 0xf0
 max_connections = 1000
+[limits]
+connections_per_app = 10
+kept_bytes = "1MiB"
+kept_bytes_per_app = "512KiB"
+kept_bytes_per_connection = "4KiB"
+pending_syns = 20
+pending_syns_per_app = 5
 [criu]
 command = "/opt/criu"
 [tls]
@@ -197,6 +206,9 @@ func TestEverything(t *testing.T) {
 	c := load(t, everything)
 	if c.Node.FilterPort != 8401 || c.Node.AgentPort != 8402 || c.Node.Address != netip.MustParseAddr("192.0.2.11") {
 		t.Errorf("node did not take its [[node]]'s address and ports: %+v", c.Node)
+	}
+	if c.Node.Limits != (Limits{10, 1 << 20, 512 << 10, 4 << 10, 20, 5}) {
+		t.Errorf("limits %+v", c.Node.Limits)
 	}
 	if c.Node.Queue != (Queue{First: 7, Count: 3, Mark: 0x10, MarkMask: 0xf0, MaxConnections: 1000}) {
 		t.Errorf("queue %+v", c.Node.Queue)

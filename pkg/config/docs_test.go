@@ -42,13 +42,13 @@ func knownKeys(t *testing.T) (known []string) {
 			_, d, _, _ := readCluster("", q+"[scheduler]"+q+"[[node]]"+q+"[filter]"+q+"[hold]"+q+"[balance]"+q)
 			return d
 		},
-		func() *doc { _, d, _ := readNode("", q+"[queue]"+q+"[criu]"+q+"[tls]"+q); return d },
+		func() *doc { _, d, _ := readNode("", q+"[queue]"+q+"[limits]"+q+"[criu]"+q+"[tls]"+q); return d },
 		func() *doc {
 			_, d, _ := readApp("", q+"[process]"+q+"[checkpoint]"+q+"[hibernate]"+q+"[[heartbeat]]"+q, "a", Hold{})
 			return d
 		},
 	} {
-		tables := []string{"scheduler", "node", "filter", "hold", "balance", "queue", "criu", "tls",
+		tables := []string{"scheduler", "node", "filter", "hold", "balance", "queue", "limits", "criu", "tls",
 			"process", "checkpoint", "hibernate", "heartbeat"}
 		n := 0
 		for _, f := range d().faults {

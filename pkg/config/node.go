@@ -40,6 +40,10 @@ func defaultNode() Node {
 			Mark: 0x4e460000, MarkMask: 0xffff0000,
 			MaxConnections: 1 << 20,
 		},
+		Limits: Limits{
+			KeptBytes: 256 << 20, KeptBytesPerApp: 256 << 20, KeptBytesPerConnection: 60000,
+			PendingSYNs: 65536, PendingSYNsPerApp: 4096,
+		},
 		CRIU: CRIU{Command: "criu"},
 	}
 }
@@ -80,6 +84,7 @@ func readNode(file, text string) (n Node, d *doc, root *table) {
 		t.fault("metrics_listen", nil, "%v", err)
 	}
 	readQueue(t.sub("queue"), &n.Queue)
+	readLimits(t.sub("limits"), &n.Limits)
 	c := t.sub("criu")
 	c.str("command", &n.CRIU.Command)
 	if n.CRIU.Command == "" {
@@ -106,6 +111,22 @@ func readQueue(t *table, q *Queue) {
 		t.fault("mark", nil, "%#x has bits outside mark_mask %#x", q.Mark, q.MarkMask)
 	}
 	integer(t, "max_connections", &q.MaxConnections, 1, 1<<31-1)
+	t.done()
+}
+
+func readLimits(t *table, l *Limits) {
+	integer(t, "connections_per_app", &l.ConnectionsPerApp, 0, 1<<31-1)
+	const most = 1 << 40
+	for _, k := range []struct {
+		key   string
+		value *ByteSize
+	}{{"kept_bytes", &l.KeptBytes}, {"kept_bytes_per_app", &l.KeptBytesPerApp}, {"kept_bytes_per_connection", &l.KeptBytesPerConnection}} {
+		if t.size(k.key, k.value); *k.value < 1460 || *k.value > most {
+			t.fault(k.key, nil, "%s is not between 1460 (one segment) and 1TiB", *k.value)
+		}
+	}
+	integer(t, "pending_syns", &l.PendingSYNs, 1, 1<<31-1)
+	integer(t, "pending_syns_per_app", &l.PendingSYNsPerApp, 1, 1<<31-1)
 	t.done()
 }
 

@@ -125,6 +125,7 @@ type Node struct {
 	// MetricsListen is empty (off) or ADDRESS:PORT.
 	MetricsListen string
 	Queue         Queue
+	Limits        Limits
 	CRIU          CRIU
 	TLS           TLS
 }
@@ -134,6 +135,17 @@ type Queue struct {
 	First, Count   uint16
 	Mark, MarkMask uint32
 	MaxConnections int
+}
+
+// Limits is [limits]: what the filter keeps at most.
+type Limits struct {
+	// ConnectionsPerApp is 0 (as many as max_connections) or the most
+	// connections of one application.
+	ConnectionsPerApp int
+	// Payload kept for applications that are away, in bytes.
+	KeptBytes, KeptBytesPerApp, KeptBytesPerConnection ByteSize
+	// Handshakes kept for applications that are away.
+	PendingSYNs, PendingSYNsPerApp int
 }
 
 // CRIU is [criu].
