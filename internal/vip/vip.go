@@ -83,6 +83,29 @@ func Has(addr netip.Addr) (iface string, ok bool, err error) {
 	return link.Attrs().Name, true, nil
 }
 
+// Route tells by which interface packets to the address leave the namespace; "" when it is the namespace's own.
+func Route(addr netip.Addr) (iface string, err error) {
+	addr, err = check(addr)
+	if err != nil {
+		return "", err
+	}
+	routes, err := netlink.RouteGet(addr.AsSlice())
+	if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) || err == nil && len(routes) == 0 {
+		return "", fmt.Errorf("vip: there is no route to %s: add one by the device that leads to it (ip route add %s dev DEVICE)", addr, addr)
+	}
+	if err != nil {
+		return "", fmt.Errorf("vip: route to %s: %w%s", addr, err, remedy(err))
+	}
+	if routes[0].Type == unix.RTN_LOCAL {
+		return "", nil
+	}
+	link, err := netlink.LinkByIndex(routes[0].LinkIndex)
+	if err != nil {
+		return "", fmt.Errorf("vip: interface %d, by which %s is reached: %w", routes[0].LinkIndex, addr, err)
+	}
+	return link.Attrs().Name, nil
+}
+
 // check refuses what cannot be a virtual address and folds the IPv4-mapped form.
 func check(addr netip.Addr) (netip.Addr, error) {
 	a := addr.Unmap()
