@@ -63,10 +63,11 @@ const (
 	ReqRestoreConn
 	ReqRestored
 	ReqRestoreAbort
+	ReqAdopt
 )
 
 var reqNames = [...]string{"REGISTER", "UNREGISTER", "SNAPSHOTSTART", "SNAPSHOTFREEZE", "SEAL", "SNAPSHOTDONE",
-	"SNAPSHOTABORT", "RESTORESTART", "RESTORECONN", "RESTORED", "RESTOREABORT"}
+	"SNAPSHOTABORT", "RESTORESTART", "RESTORECONN", "RESTORED", "RESTOREABORT", "ADOPT"}
 
 func (r Request) String() string { return reqNames[r] }
 
@@ -89,6 +90,7 @@ var table = [...]rule{
 	ReqRestoreConn:    {from: []App{RestoreStart}, stay: true},
 	ReqRestored:       {from: []App{RestoreStart}, to: Restored},
 	ReqRestoreAbort:   {from: []App{RestoreStart}, to: SnapshotDone},
+	ReqAdopt:          {from: []App{Connected, Restored, SnapshotStart}, stay: true},
 }
 
 // StateError is a request that the state does not allow.

@@ -41,6 +41,7 @@ type conn struct {
 	bytesIn, bytesOut uint64
 	inEnd             seqnum.Value // behind the last octet that passed to local
 	lastIn, lastOut   Time         // of payload
+	spokeAt           Time         // when ep.TSVal was taken from local
 	last              speaker
 
 	finIn, finOut       bool // FIN passed to local, to the remote
@@ -64,9 +65,12 @@ type conn struct {
 	sendQueue uint32       // octets that sock_diag showed unacknowledged at SNAPSHOTSTART
 	localGone bool
 	fwd       bool // fwdAck and fwdWnd were handed to local
+	fwdAt     Time
 	fwdAck    seqnum.Value
 	fwdWnd    uint16
 	discarded uint64
+	hole      bool         // at SNAPSHOTDONE the remote had not acknowledged everything
+	finOwed   bool         // the remote's FIN was acknowledged to it and not taken by local yet
 	kept      []byte       // payload from keptAt on
 	keptAt    seqnum.Value // RCV.NXT of the hold
 	keptFin   bool
@@ -81,11 +85,20 @@ type conn struct {
 	hsDone    bool
 	hsTries   uint32
 	hsError   string
+	hsRsts    uint8 // how often local accepted and reset it in this restore
+	turned    bool  // local does not want it: reset at RESTORED
 	retries   uint8
 	redoAt    Time
 	hsWindow  uint16
+	hsEnd     seqnum.Value // SND.NXT at which it was opened, remote's view
+	hsMSS     uint16       // that local announced, 0: none
+	forwarded bool         // local is in a network namespace behind the node
+
+	marked, saved bool // to be recorded at the end of the step; recorded
+	reloaded      bool // taken up from an earlier filter, and not opened since
 
 	translated bool
+	opened     Time // when it was
 	tr         rewrite.Translation
 	edge       rewrite.Edge
 }
@@ -102,6 +115,9 @@ func (c *conn) set(n appstate.Conn) {
 	c.app.count[c.state]--
 	c.state = n
 	c.app.count[n]++
+	if c.app.state.Away() && c.app.state != appstate.RestoreStart {
+		c.app.engine.mark(c)
+	}
 }
 
 // toLocal and toRemote translate numbers between the two views.
@@ -193,14 +209,18 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 		return
 	}
 	c.ackSeen = true
-	if !c.ep.RcvNxt.Less(c.inEnd) || c.inEnd.Less(s.End()) {
+	if !c.ep.RcvNxt.Less(c.inEnd) {
+		c.inEnd = c.ep.RcvNxt
+	}
+	if s.Seq.LessEq(c.inEnd) && c.inEnd.Less(s.End()) { // nothing that is ahead of a hole
 		c.inEnd = s.End()
 	}
 	c.ep.NoteWindow(s)
 	if c.ep.SndUna.Less(s.Ack) {
 		c.ep.SndUna = s.Ack
 	}
-	if s.Opt.HasTS && seqnum.NewerTS(s.Opt.TSVal, c.ep.TSRec) {
+	// RFC 7323 section 4.3: up to the last acknowledgement that local sent.
+	if s.Opt.HasTS && s.Seq.LessEq(c.ep.RcvNxt) && seqnum.NewerTS(s.Opt.TSVal, c.ep.TSRec) {
 		c.ep.TSRec, c.ep.TSAt = s.Opt.TSVal, now
 	}
 	if s.Has(packet.FIN) && !c.tookFin() { // the last word counts until local has taken one
@@ -227,14 +247,15 @@ func (c *conn) settleFin() {
 	}
 }
 
-// plausible tells whether s lies in the window and acknowledges something that
-// local may have sent.
+// plausible tells whether s lies in the window, or just below it as a
+// keepalive does, and acknowledges something that local may have sent (RFC 9293
+// section 3.10.7.4, RFC 5961 section 5.2). Everything of local was seen before
+// the remote can answer it.
 func (c *conn) plausible(s *packet.Segment) bool {
-	const slack = 1 << 20 // of what local has sent or taken and we have not seen yet
+	const most = 1 << 20 // the largest window of a remote that old acknowledgements may lie in
 	ep := &c.ep
-	right := ep.Edge.Max(ep.RcvNxt).Add(slack)
-	return s.Seq.InRange(ep.RcvNxt.Add(^uint32(slack)+1), right) &&
-		s.Ack.InRange(ep.SndUna.Add(^uint32(slack)+1), ep.SndNxt.Add(1))
+	return ep.RcvNxt.LessEq(s.End().Add(1)) && s.Seq.LessEq(ep.Edge.Max(ep.RcvNxt)) &&
+		s.Ack.InRange(ep.SndUna.Add(^uint32(most)+1), ep.SndNxt.Add(1))
 }
 
 // observeOut takes note of a segment of local that goes to the remote;
@@ -254,11 +275,15 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 			c.finish(now, s)
 			return
 		}
-		c.ep.SndNxt, c.ep.RcvNxt, c.ep.SndUna = end, s.Ack, s.Seq
-		if s.Opt.HasTS && c.ep.TSAt == 0 {
-			c.ep.TSRec, c.ep.TSAt = s.Opt.TSEcr, now
+		// What lay unacknowledged when the sockets were listed is so until the
+		// remote says otherwise.
+		c.ep.SndNxt, c.ep.RcvNxt, c.ep.SndUna = end, s.Ack, s.Seq.Add(-c.sendQueue)
+		if s.Opt.HasTS {
+			if c.ep.TSAt == 0 {
+				c.ep.TSRec, c.ep.TSAt = s.Opt.TSEcr, now
+			}
+			c.ep.TSVal, c.spokeAt = s.Opt.TSVal, now
 		}
-		c.ep.TSVal = s.Opt.TSVal
 		c.learned = true
 		c.bytesOut += uint64(n)
 	} else {
@@ -270,8 +295,8 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 			c.bytesIn += uint64(s.Ack.Size(c.ep.RcvNxt))
 			c.ep.RcvNxt = s.Ack
 		}
-		if s.Opt.HasTS && seqnum.NewerTS(s.Opt.TSVal, c.ep.TSVal) {
-			c.ep.TSVal = s.Opt.TSVal
+		if s.Opt.HasTS {
+			c.noteClock(now, s.Opt.TSVal)
 		}
 	}
 	if n > 0 {
@@ -284,6 +309,17 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 		}
 	}
 	c.finish(now, s)
+}
+
+// noteClock takes local's timestamp. One that seems to be older comes of a
+// segment that was overtaken, or, after a long silence, of a clock that has
+// gone half way round (RFC 7323 section 5.5).
+func (c *conn) noteClock(now Time, tsval uint32) {
+	const halfWay = 24 * 24 * 3600e9
+	if seqnum.NewerTS(tsval, c.ep.TSVal) || now-c.spokeAt > halfWay {
+		c.ep.TSVal = tsval
+	}
+	c.spokeAt = now
 }
 
 func (c *conn) finish(now Time, s *packet.Segment) {

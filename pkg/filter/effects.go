@@ -11,7 +11,9 @@ import (
 // suspended machine (CLOCK_BOOTTIME).
 type Time = int64
 
-// Netfilter hooks that packets come from (include/uapi/linux/netfilter.h).
+// Netfilter hooks that packets come from (include/uapi/linux/netfilter.h). Local
+// segments come from the output hook, or, where the application is in a network
+// namespace behind the node, from the one before routing.
 const (
 	HookPrerouting  = 0
 	HookOutput      = 3
@@ -110,10 +112,11 @@ type Note struct {
 }
 
 // Effects is what Step wants done, in a struct that is reused. The caller
-// does, in this order: Untrack, Sets, the verdict, Sends, Replies, Restores.
+// does, in this order: Records, Untrack, Sets, the verdict, Sends, Replies, Restores.
 // Verdict, Reason and Out are those of the last packet; everything else
 // gathers until Reset.
 type Effects struct {
+	Records  []Record
 	Verdict  Verdict
 	Reason   Reason
 	Out      []byte
@@ -129,6 +132,8 @@ type Effects struct {
 
 // Reset empties e for the next batch.
 func (e *Effects) Reset() {
+	clear(e.Records)
+	e.Records = e.Records[:0]
 	e.Untrack, e.Sets, e.Sends = e.Untrack[:0], e.Sets[:0], e.Sends[:0]
 	e.Replies, e.Restores, e.Notes = e.Replies[:0], e.Restores[:0], e.Notes[:0]
 	e.arena.reset()

@@ -22,17 +22,23 @@ import (
 // Config bounds the engine. Zero values take the defaults in brackets.
 type Config struct {
 	MaxConns    int    // connection structures in all [1048576]
+	ConnsPerApp int    // of one application [MaxConns]
 	KeepPerConn int    // octets kept for one connection [60000]
+	KeepPerApp  int    // for one application [KeepTotal]
 	KeepTotal   int    // octets kept in all [268435456]
 	MaxSyns     int    // kept SYNs for one application [4096]
+	SynsTotal   int    // kept SYNs in all [65536]
 	Seed        uint64 // of the numbers that outsiders must not guess
 }
 
 func (c *Config) defaults() {
 	c.MaxConns = cmp.Or(c.MaxConns, 1<<20)
+	c.ConnsPerApp = cmp.Or(c.ConnsPerApp, c.MaxConns)
 	c.KeepPerConn = cmp.Or(c.KeepPerConn, 60000)
 	c.KeepTotal = cmp.Or(c.KeepTotal, 256<<20)
+	c.KeepPerApp = cmp.Or(c.KeepPerApp, c.KeepTotal)
 	c.MaxSyns = cmp.Or(c.MaxSyns, 4096)
+	c.SynsTotal = cmp.Or(c.SynsTotal, 65536)
 }
 
 // Engine is the verdict engine of one queue.
@@ -43,12 +49,16 @@ type Engine struct {
 	byVIP   map[netip.Addr]*app
 	blocked map[netip.Addr]bool // VIPs whose connections were lost while away
 	conns   map[ConnID]*conn
-	kept    int
+	kept    int // octets of memory for payload
+	syns    int // kept, of all applications
 	rng     uint64
 	timers  timers
 	asked   map[Time]struct{} // deadlines in timers
 	pending []*pending
 	reasons [NumReasons]uint64 // of packets that belong to no application
+
+	marked     []*conn // to be recorded
+	markedApps []*app
 
 	seg  packet.Segment
 	icmp packet.ICMPError
@@ -67,13 +77,18 @@ func New(cfg Config) *Engine {
 // what was held there before is not known any more.
 func (e *Engine) Block(vip netip.Addr) { e.blocked[vip] = true }
 
+// Blocked tells whether vip is blocked.
+func (e *Engine) Blocked(vip netip.Addr) bool { return e.blocked[vip] }
+
 // app is one application structure.
 type app struct {
 	engine *Engine
 	name   string
 	vips   []netip.Addr
 	state  appstate.App
+	before appstate.App // where SNAPSHOTSTART came from
 	snapID string
+	marked bool // to be recorded
 
 	include, exclude, outgoing []uint16
 	includeNets, excludeNets   []netip.Prefix
@@ -95,6 +110,7 @@ type app struct {
 	wakeWhy     Reason
 	wakeAt      Time // when the request goes out again, 0: not outstanding
 	wakeTries   uint
+	kept        int // octets of memory for payload
 	syns        []keptSyn
 	synIndex    map[ConnID]int // into syns
 	synTokens   int
@@ -114,6 +130,11 @@ type keptSyn struct {
 
 // set moves the application to another state: the one door.
 func (a *app) set(n appstate.App, fx *Effects, why string) {
+	if n == appstate.SnapshotStart {
+		a.before = a.state
+	} else {
+		a.markAll()
+	}
 	a.state = n
 	fx.Notes = append(fx.Notes, Note{App: a.name, State: n, Text: why})
 }
@@ -184,6 +205,9 @@ func (e *Engine) Step(now Time, ev Event, fx *Effects) {
 		}
 		e.due(now, fx)
 	}
+	if len(e.marked) > 0 || len(e.markedApps) > 0 {
+		e.gather(fx)
+	}
 }
 
 // due does everything whose time has come.
@@ -207,7 +231,8 @@ func (e *Engine) dueApp(now Time, a *app, fx *Effects) {
 		if c.redoAt != 0 && c.redoAt <= now {
 			e.redeliver(now, c, fx)
 		}
-		if c.expire != 0 && c.expire <= now && !a.state.Away() {
+		over := a.state == appstate.SnapshotDone && c.learned && c.finIn && c.finOut // no local side waits any more
+		if c.expire != 0 && c.expire <= now && (over || !a.state.Away()) {
 			e.remove(c, fx)
 		}
 	}
@@ -282,6 +307,10 @@ func (e *Engine) rand() uint64 {
 
 // newConn makes a connection structure, or nil when the table is full.
 func (e *Engine) newConn(now Time, a *app, id ConnID, role appstate.Role, state appstate.Conn, fx *Effects) *conn {
+	if e.cfg.ConnsPerApp < e.cfg.MaxConns && len(a.conns) >= e.cfg.ConnsPerApp && !a.giveWay(now, fx) {
+		a.reasons[AppTableFull]++
+		return nil
+	}
 	if len(e.conns) >= e.cfg.MaxConns && !e.makeRoom(now, a, fx) {
 		a.reasons[TableFull]++
 		return nil
@@ -291,31 +320,37 @@ func (e *Engine) newConn(now Time, a *app, id ConnID, role appstate.Role, state 
 	a.conns = append(a.conns, c)
 	a.count[state]++
 	e.conns[id] = c
+	if a.state.Away() {
+		e.mark(c)
+	}
 	return c
 }
 
-// makeRoom takes a structure away that nothing may depend on: whether its
+// makeRoom has an application give way. The one that needs the room is asked
+// first.
+func (e *Engine) makeRoom(now Time, a *app, fx *Effects) bool {
+	return a.giveWay(now, fx) || slices.ContainsFunc(e.order, func(o *app) bool { return o.giveWay(now, fx) })
+}
+
+// giveWay takes a structure away that nothing may depend on: whether its
 // handshake ever came to an end is not known, nobody has spoken of it for the
 // time that a handshake takes, and at the next snapshot the list of sockets
-// tells about it if it lives. The application that needs the room gives it up
-// first. A flood costs one look at a few structures for each SYN.
-func (e *Engine) makeRoom(now Time, a *app, fx *Effects) bool {
+// tells about it if it lives. A flood costs one look at a few structures for
+// each SYN.
+func (a *app) giveWay(now Time, fx *Effects) bool {
 	const look, handshakeTime = 64, 75e9
-	free := func(a *app) bool {
-		if a.state != appstate.Connected && a.state != appstate.Restored {
-			return false
-		}
-		for range min(look, len(a.conns)) {
-			a.hand = (a.hand + 1) % len(a.conns)
-			c := a.conns[a.hand]
-			if c.state == appstate.Connect && !c.translated && !c.ackSeen && now-c.created > handshakeTime {
-				e.remove(c, fx)
-				return true
-			}
-		}
+	if a.state != appstate.Connected && a.state != appstate.Restored {
 		return false
 	}
-	return free(a) || slices.ContainsFunc(e.order, free)
+	for range min(look, len(a.conns)) {
+		a.hand = (a.hand + 1) % len(a.conns)
+		c := a.conns[a.hand]
+		if c.state == appstate.Connect && !c.translated && !c.ackSeen && now-c.created > handshakeTime {
+			a.engine.remove(c, fx)
+			return true
+		}
+	}
+	return false
 }
 
 // remove forgets a connection and everything kept for it.
@@ -324,6 +359,10 @@ func (e *Engine) remove(c *conn, fx *Effects) {
 	if c.translated {
 		e.flow(c, false, fx)
 		a.settle(fx)
+	}
+	if c.saved {
+		c.saved = false
+		fx.Records = append(fx.Records, Record{ID: c.id})
 	}
 	e.unkeep(c)
 	c.answered()
@@ -346,13 +385,17 @@ func (e *Engine) flow(c *conn, add bool, fx *Effects) {
 	} else {
 		c.app.translated--
 	}
-	fx.Sets = append(fx.Sets, SetChange{Set: SetFlow, Add: add,
-		IP: c.id.Remote.Addr(), Port: c.id.Remote.Port(), Peer: c.id.Local.Addr()})
+	fx.Sets = append(fx.Sets, flowChange(c, add))
+}
+
+func flowChange(c *conn, add bool) SetChange {
+	return SetChange{Set: SetFlow, Add: add, IP: c.id.Remote.Addr(), Port: c.id.Remote.Port(), Peer: c.id.Local.Addr()}
 }
 
 // unkeep drops the payload kept for c.
 func (e *Engine) unkeep(c *conn) {
 	e.kept -= cap(c.kept)
+	c.app.kept -= cap(c.kept)
 	c.kept, c.keptFin = nil, false
 }
 
@@ -377,10 +420,12 @@ func (e *Engine) keep(c *conn, s *packet.Segment) bool {
 	}
 	if need := len(c.kept) + len(p); need > cap(c.kept) {
 		grown := min(max(need, 2*cap(c.kept)), e.cfg.KeepPerConn)
-		if e.kept+grown-cap(c.kept) > e.cfg.KeepTotal {
+		more := grown - cap(c.kept)
+		if e.kept+more > e.cfg.KeepTotal || c.app.kept+more > e.cfg.KeepPerApp {
 			return len(c.kept) > 0
 		}
-		e.kept += grown - cap(c.kept)
+		e.kept += more
+		c.app.kept += more
 		k := make([]byte, len(c.kept), grown)
 		copy(k, c.kept)
 		c.kept = k

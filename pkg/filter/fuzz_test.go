@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter/filtertest"
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
 )
 
@@ -21,6 +22,7 @@ func FuzzStep(f *testing.F) {
 	f.Add([]byte{})
 	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 2, 1, 3, 2, 4, 50, 2, 3, 2, 4, 0, 0x10, 0, 1, 0, 0, 2, 5, 4, 200, 2, 7})
 	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 0, 0x11, 0, 1, 0, 1, 2, 1, 2, 2, 1, 0x11, 0, 1, 0, 1, 2, 3, 2, 4, 2, 5, 2, 6, 1, 0x12, 0, 0, 0, 0, 2, 7, 2, 8})
+	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 2, 1, 3, 2, 4, 50, 249, 0, 2, 3, 249, 0, 2, 4, 249, 0, 0, 0x10, 0, 1, 0, 0, 2, 5, 249, 0, 2, 5, 4, 200, 2, 7, 249, 0, 249, 8})
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) > 4096 {
 			return
@@ -34,8 +36,10 @@ func FuzzStep(f *testing.F) {
 
 // play runs the events of in and returns a sum over the effects.
 func play(in []byte) uint64 {
-	e := filter.New(filter.Config{Seed: 7, MaxConns: 8, MaxSyns: 2, KeepPerConn: 64, KeepTotal: 100})
+	cfg := filter.Config{Seed: 7, MaxConns: 8, MaxSyns: 2, KeepPerConn: 64, KeepTotal: 100}
+	e := filter.New(cfg)
 	var fx filter.Effects
+	var store filtertest.Store
 	now, sum, id := filter.Time(1), uint64(0), uint64(0)
 	step := func(ev filter.Event) {
 		e.Step(now, ev, &fx)
@@ -46,6 +50,17 @@ func play(in []byte) uint64 {
 			sum = sum*31 + uint64(packet.Sum(s.Data, 0))
 		}
 		sum = sum*31 + uint64(len(fx.Sets)+len(fx.Replies)<<8+len(fx.Restores)<<16)
+		store.Apply(fx.Records)
+		fx.Reset()
+	}
+	restart := func(op byte) { // flows by a bit of op, as if some had ended
+		e = filter.New(cfg)
+		apps, conns := store.Records()
+		if err := e.Load(now, apps, conns, func(id filter.ConnID) bool { return op>>(id.Remote.Port()%3)&1 == 0 }, op&8 != 0, &fx); err != nil {
+			panic(err) // what an engine recorded does not contradict itself
+		}
+		sum = sum*31 + uint64(len(fx.Sets)+len(fx.Restores)<<16)
+		store.Apply(fx.Records)
 		fx.Reset()
 	}
 	req := func(b any) {
@@ -73,7 +88,7 @@ func play(in []byte) uint64 {
 			hook := uint8(filter.HookPrerouting)
 			if op%5 == 1 {
 				sp.Src, sp.Dst = sp.Dst, sp.Src
-				hook = []uint8{filter.HookOutput, filter.HookPostrouting}[op>>7]
+				hook = []uint8{filter.HookOutput, filter.HookPostrouting, filter.HookPrerouting, filter.HookPostrouting}[op>>6]
 			}
 			sp.Seq = sp.Seq.Add(uint32(int8(next())))
 			sp.Ack = sp.Ack.Add(uint32(int8(next())))
@@ -89,6 +104,10 @@ func play(in []byte) uint64 {
 			now += int64(next()) * 1e6
 			step(filter.Event{})
 		default:
+			if op >= 240 {
+				restart(next())
+				continue
+			}
 			now += int64(binary.LittleEndian.Uint16([]byte{next(), next()})) * 1e9
 			step(filter.Event{})
 		}

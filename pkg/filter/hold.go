@@ -50,7 +50,12 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 			fx.accept(HandshakePass)
 			return
 		}
-		if open || c.state == appstate.Rst { // a connection that begins anew
+		ended := c.state == appstate.Closing && c.finOut && (c.finIn || !c.learned) // both sides, or before anything was captured
+		switch {
+		case c.state == appstate.Rst && c.hsStarted:
+			fx.drop(HeldRstIgnored) // local is to be told first; it comes again
+			return
+		case open || c.state == appstate.Rst || ended: // a connection that begins anew
 			e.remove(c, fx)
 			c = nil
 		}
@@ -90,6 +95,7 @@ func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 		if a.state != appstate.SnapshotFreeze && c.state == appstate.Connect {
 			c.set(appstate.ConnectRmt)
 		}
+		e.mark(c)
 	}
 	fx.drop(heldReason[v])
 	switch v {
@@ -109,7 +115,7 @@ func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 		fx.send(&sp, false)
 	}
 	if v == tcpemu.Ignore || v == tcpemu.Answer {
-		e.strip(a, c, p, fx)
+		e.strip(now, a, c, p, fx)
 	}
 }
 
@@ -124,6 +130,7 @@ var heldReason = [...]Reason{
 // the window, both are kept and wake the application.
 func (e *Engine) heldNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effects) {
 	s := &e.seg
+	e.trimKept(c)
 	kept := e.keep(c, s)
 	if v == tcpemu.Payload && s.PayloadLen() > 0 {
 		c.ep.Closed = true
@@ -138,7 +145,7 @@ func (e *Engine) heldNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effec
 	reason := fx.Reason
 	e.wakeUp(now, a, reason, fx)
 	if a.state == appstate.SnapshotFreeze {
-		e.forwardAck(a, c, fx)
+		e.forwardAck(now, a, c, fx)
 		if fx.Reason == FrozenStripped {
 			fx.Reason = FrozenKept
 		}
@@ -148,6 +155,7 @@ func (e *Engine) heldNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effec
 // heldReset ends the remote side. Local is told when it is back.
 func (e *Engine) heldReset(c *conn, fx *Effects) {
 	e.unkeep(c)
+	c.answered()
 	switch c.state {
 	case appstate.Closing:
 		if c.finOut {
@@ -162,31 +170,33 @@ func (e *Engine) heldReset(c *conn, fx *Effects) {
 
 // strip lets the acknowledgement of a frozen connection's segment reach local,
 // so that its buffers drain; octets never do.
-func (e *Engine) strip(a *app, c *conn, p *Packet, fx *Effects) {
-	if a.state != appstate.SnapshotFreeze {
+func (e *Engine) strip(now Time, a *app, c *conn, p *Packet, fx *Effects) {
+	if a.state != appstate.SnapshotFreeze || e.seg.End().Less(c.ep.RcvNxt.Add(^uint32(0))) { // anybody's guess
 		return
 	}
-	e.forwardAck(a, c, fx)
+	e.forwardAck(now, a, c, fx)
 }
 
 // forwardAck injects the newest acknowledgement of the remote to a local side
 // that is frozen and not sealed. It stands at local's RCV.NXT, so that local
 // has nothing to answer.
-func (e *Engine) forwardAck(a *app, c *conn, fx *Effects) {
+func (e *Engine) forwardAck(now Time, a *app, c *conn, fx *Effects) {
 	s := &e.seg
 	if a.sealed || c.sealed || c.localGone || !s.Has(packet.ACK) {
 		return
 	}
-	if s.Ack == c.fwdAck && s.Window == c.fwdWnd && c.fwd {
+	const again = 25e6 // it may have been lost, and two that disagree must not answer each other at the speed of the wire
+	una := c.ep.SndUna
+	if una == c.fwdAck && s.Window == c.fwdWnd && c.fwd && now-c.fwdAt < again {
 		return
 	}
-	c.fwd, c.fwdAck, c.fwdWnd = true, s.Ack, s.Window
+	c.fwd, c.fwdAck, c.fwdWnd, c.fwdAt = true, una, s.Window, now
 	sp := packet.Spec{
 		Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.ACK, Window: s.Window,
-		Seq: c.localSeqIn(c.ep.RcvNxt), Ack: c.localSeqOut(s.Ack),
+		Seq: c.localSeqIn(c.ep.RcvNxt), Ack: c.localSeqOut(una),
 	}
 	if c.ep.Opt.TS && s.Opt.HasTS {
-		sp.HasTS, sp.TSVal, sp.TSEcr = true, s.Opt.TSVal-c.tr.TSIn, s.Opt.TSEcr-c.tr.TSOut
+		sp.HasTS, sp.TSVal, sp.TSEcr = true, c.ep.TSRec-c.tr.TSIn, s.Opt.TSEcr-c.tr.TSOut
 	}
 	fx.send(&sp, false)
 	fx.Reason = FrozenStripped
@@ -226,6 +236,7 @@ func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 			c.ep.RcvNxt = c.ep.RcvNxt.Max(s.End())
 			c.finIn = true
 			c.closing(now)
+			e.mark(c)
 		}
 		sp := c.ep.Ack()
 		fx.send(&sp, false)
@@ -262,7 +273,7 @@ func (e *Engine) heldUnknown(now Time, a *app, id ConnID, p *Packet, fx *Effects
 		fx.drop(HeldSynKept)
 		return
 	}
-	if len(a.syns) >= e.cfg.MaxSyns || !a.synToken(now) {
+	if len(a.syns) >= e.cfg.MaxSyns || e.syns >= e.cfg.SynsTotal || !a.synToken(now) {
 		fx.drop(HeldSynLimited)
 		return
 	}
@@ -273,8 +284,15 @@ func (e *Engine) heldUnknown(now Time, a *app, id ConnID, p *Packet, fx *Effects
 	}
 	a.synIndex[id] = len(a.syns)
 	a.syns = append(a.syns, k)
+	e.syns++
 	fx.drop(HeldSynKept)
 	e.wakeUp(now, a, HeldSynKept, fx)
+}
+
+// dropSyns forgets the kept SYNs.
+func (a *app) dropSyns() {
+	a.engine.syns -= len(a.syns)
+	a.syns, a.synIndex = nil, nil
 }
 
 // fillPartial completes the checksum of a kept copy of p where the kernel had
@@ -309,6 +327,7 @@ func (e *Engine) wakeUp(now Time, a *app, why Reason, fx *Effects) {
 		return
 	}
 	a.wake, a.wakeWhy, a.wakeTries = true, why, 0
+	a.mark()
 	if a.state == appstate.SnapshotDone {
 		e.requestRestore(now, a, fx)
 	}
@@ -361,6 +380,7 @@ func (e *Engine) awayOut(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 			return
 		}
 		c.sealed = true // a reset of its own, or of a dying process: not for the remote
+		e.mark(c)
 	}
 	e.sealedOut(c, fx)
 }
@@ -450,6 +470,7 @@ func (e *Engine) sealedOut(c *conn, fx *Effects) {
 		return
 	}
 	if c.app.state == appstate.SnapshotFreeze {
+		e.mark(c)
 		if ack := s.Ack.Add(c.tr.In); c.ep.RcvNxt.Less(ack) {
 			c.bytesIn += uint64(ack.Size(c.ep.RcvNxt))
 			c.ep.RcvNxt = ack

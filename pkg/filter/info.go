@@ -72,6 +72,12 @@ type AppStatus struct {
 	Reasons               map[string]uint64
 }
 
+// StatusList answers Status.
+type StatusList struct {
+	Apps   []AppStatus
+	Limits []Limit
+}
+
 func (e *Engine) status(name string) (any, error) {
 	var out []AppStatus
 	for _, a := range e.order {
@@ -101,7 +107,34 @@ func (e *Engine) status(name string) (any, error) {
 		}
 		out = append(out, s)
 	}
-	return out, nil
+	return &StatusList{Apps: out, Limits: e.Limits()}, nil
+}
+
+// Limit is one bound and how much of it is used.
+type Limit struct {
+	Name      string
+	Used, Max uint64
+	PerApp    bool // Used is that of the application that has most
+}
+
+// Limits returns the bounds of the engine.
+func (e *Engine) Limits() []Limit {
+	var conns, kept, syns, one int
+	for _, a := range e.order {
+		conns, kept, syns = max(conns, len(a.conns)), max(kept, a.kept), max(syns, len(a.syns))
+		for _, c := range a.conns {
+			one = max(one, len(c.kept))
+		}
+	}
+	return []Limit{
+		{"connections", uint64(len(e.conns)), uint64(e.cfg.MaxConns), false},
+		{"connections_per_app", uint64(conns), uint64(e.cfg.ConnsPerApp), true},
+		{"kept_bytes", uint64(e.kept), uint64(e.cfg.KeepTotal), false},
+		{"kept_bytes_per_app", uint64(kept), uint64(e.cfg.KeepPerApp), true},
+		{"kept_bytes_per_connection", uint64(one), uint64(e.cfg.KeepPerConn), true},
+		{"pending_syns", uint64(e.syns), uint64(e.cfg.SynsTotal), false},
+		{"pending_syns_per_app", uint64(syns), uint64(e.cfg.MaxSyns), true},
+	}
 }
 
 // Reasons returns the counters of verdicts by reason, over all applications.

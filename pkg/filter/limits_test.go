@@ -47,7 +47,7 @@ func TestFloodOfGuesses(t *testing.T) {
 		t.Errorf("%d answers in 10 s, want at most %d", answers, most)
 	}
 	w.Engine.Step(now, filter.Event{Request: &filter.Request{ID: 1, Body: &filter.Status{App: "redis"}}}, &fx)
-	st := fx.Replies[0].Body.([]filter.AppStatus)[0]
+	st := fx.Replies[0].Body.(*filter.StatusList).Apps[0]
 	if st.Connections["CONNECTRMT"] != 1 || len(st.Connections) != 1 || st.Kept != 0 || st.PendingSyns != 0 || st.RestoreRequested {
 		t.Errorf("after the flood: %+v", st)
 	}
@@ -69,7 +69,7 @@ func TestBudgets(t *testing.T) {
 	status := func() filter.AppStatus {
 		fx.Reset()
 		e.Step(w.Now(), filter.Event{Request: &filter.Request{Body: &filter.Status{App: "redis"}}}, &fx)
-		return fx.Replies[0].Body.([]filter.AppStatus)[0]
+		return fx.Replies[0].Body.(*filter.StatusList).Apps[0]
 	}
 	if st := status(); st.Connections["CONNECTRMT"] != 3 || st.Reasons["table-full"] == 0 {
 		t.Fatalf("%+v", st)
@@ -87,6 +87,78 @@ func TestBudgets(t *testing.T) {
 	}
 	if st := status(); st.PendingSyns != 2 || st.Reasons["held-syn-limited"] != 3 {
 		t.Fatalf("%d SYNs, %v", st.PendingSyns, st.Reasons)
+	}
+}
+
+// The bounds of one application and those of all hold at once, and STATUS
+// tells how much of each is used.
+func TestLimitsOfApps(t *testing.T) {
+	e := filter.New(filter.Config{MaxConns: 5, ConnsPerApp: 3, KeepPerConn: 1000, KeepPerApp: 1500, KeepTotal: 2500, MaxSyns: 3, SynsTotal: 2})
+	w := filtertest.With(e)
+	var fx filter.Effects
+	syn := func(local string, from uint16) {
+		sp := packet.Spec{Src: netip.AddrPortFrom(netip.MustParseAddr("10.0.0.9"), from), Dst: netip.MustParseAddrPort(local), Flags: packet.SYN}
+		e.Step(w.Now(), filter.Event{Packet: &filter.Packet{Hook: filter.HookPrerouting, Data: sp.Build(make([]byte, sp.Size()))}}, &fx)
+	}
+	e.Step(w.Now(), filter.Event{Request: &filter.Request{Body: &filter.Register{App: "a", VIPs: []netip.Addr{netip.MustParseAddr("10.0.0.101")}, Include: []uint16{80}}}}, &fx)
+	for i := range uint16(4) {
+		syn("10.0.0.101:80", 1+i)
+	}
+	script := "app b 10.0.0.100 6379\n"
+	for i := range 4 {
+		l := "b" + string(rune('0'+i))
+		script += "link " + l + " 10.0.0.2:" + string(rune('1'+i)) + "\nopen " + l + "\n"
+	}
+	script += "request SNAPSHOTSTART\nrequest SNAPSHOTFREEZE\nadvance 60ms\nrequest SEAL\nrequest SNAPSHOTDONE s --force\n"
+	if err := w.Play(script); err != nil {
+		t.Fatal(err)
+	}
+	ask := func() (apps map[string]filter.AppStatus, limits map[string]filter.Limit) {
+		fx.Reset()
+		e.Step(w.Now(), filter.Event{Request: &filter.Request{Body: &filter.Status{}}}, &fx)
+		l := fx.Replies[0].Body.(*filter.StatusList)
+		apps, limits = map[string]filter.AppStatus{}, map[string]filter.Limit{}
+		for _, a := range l.Apps {
+			apps[a.Name] = a
+		}
+		for _, x := range l.Limits {
+			limits[x.Name] = x
+		}
+		return apps, limits
+	}
+	want := func(name string, used, most uint64) {
+		t.Helper()
+		if _, l := ask(); l[name].Used != used || l[name].Max != most {
+			t.Errorf("%s: %d of %d, want %d of %d", name, l[name].Used, l[name].Max, used, most)
+		}
+	}
+	want("connections", 5, 5)
+	want("connections_per_app", 3, 3)
+	apps, _ := ask()
+	if apps["a"].Reasons["app-table-full"] != 1 || apps["b"].Reasons["table-full"] == 0 {
+		t.Errorf("counted: a %v, b %v", apps["a"].Reasons, apps["b"].Reasons)
+	}
+	for _, l := range []string{"b0", "b1"} { // b is away
+		b := w.Segment(l, true, packet.ACK, 0, make([]byte, 1000))
+		e.Step(w.Now(), filter.Event{Packet: &filter.Packet{Hook: filter.HookPrerouting, Data: b}}, &fx)
+	}
+	want("kept_bytes", 1000, 2500)
+	want("kept_bytes_per_app", 1000, 1500)
+	want("kept_bytes_per_connection", 1000, 1000)
+	for i := range uint16(6) {
+		syn("10.0.0.100:6379", 100+i)
+	}
+	want("pending_syns", 2, 2)
+	want("pending_syns_per_app", 2, 3)
+	// What is forgotten is free again.
+	for _, app := range []string{"a", "b"} {
+		fx.Reset()
+		e.Step(w.Now(), filter.Event{Request: &filter.Request{Body: &filter.Unregister{App: app, Force: true}}}, &fx)
+	}
+	for _, name := range []string{"connections", "kept_bytes", "pending_syns"} {
+		if _, l := ask(); l[name].Used != 0 {
+			t.Errorf("%s: %d are used by nobody", name, l[name].Used)
+		}
 	}
 }
 

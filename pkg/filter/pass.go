@@ -34,10 +34,14 @@ func (e *Engine) judge(now Time, p *Packet, fx *Effects) *app {
 	default:
 		return e.broken(p, Malformed, fx)
 	}
-	inbound := p.Hook == HookPrerouting
+	inbound := e.inbounds(p.Hook, s.Src.Addr(), s.Dst.Addr())
 	id := ConnID{Local: s.Src, Remote: s.Dst}
 	if inbound {
 		id = ConnID{Local: s.Dst, Remote: s.Src}
+	}
+	if e.ours(id.Local.Addr()) && e.ours(id.Remote.Addr()) {
+		fx.accept(SameNode)
+		return e.byVIP[id.Local.Addr()]
 	}
 	a := e.byVIP[id.Local.Addr()]
 	if a == nil {
@@ -63,10 +67,21 @@ func (e *Engine) judge(now Time, p *Packet, fx *Effects) *app {
 	return a
 }
 
+// ours tells whether addr is a VIP of this node.
+func (e *Engine) ours(addr netip.Addr) bool { return e.byVIP[addr] != nil || e.blocked[addr] }
+
+// inbounds tells whether a packet at hook goes from remote to local. Before
+// routing both directions meet where local is in a network namespace behind the
+// node. A packet from a VIP is queued there only if it came by the device that
+// leads to that VIP; a remote that forges the address is dropped by the rules.
+func (e *Engine) inbounds(hook uint8, src, dst netip.Addr) bool {
+	return hook == HookPrerouting && (e.ours(dst) || !e.ours(src))
+}
+
 // broken is for what cannot be read. Where the application runs its kernel
 // judges; where it is away nothing broken may reach anyone.
 func (e *Engine) broken(p *Packet, r Reason, fx *Effects) *app {
-	vip := vipOf(p)
+	vip, _ := e.vipOf(p)
 	a := e.byVIP[vip]
 	if a == nil && e.blocked[vip] {
 		fx.drop(Blocked)
@@ -84,46 +99,33 @@ func (e *Engine) broken(p *Packet, r Reason, fx *Effects) *app {
 // translated connection: its numbers mean nothing to the other side. Of a
 // fragment only the first names its ports; without it the rest is thrown away.
 func (e *Engine) brokenTranslated(p *Packet) bool {
-	b := p.Data
-	var src, dst netip.Addr
-	l4 := 40
-	switch {
-	case len(b) >= 20 && b[0]>>4 == 4 && b[6]&0x1f == 0 && b[7] == 0:
-		src, dst = netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:]))
-		l4 = int(b[0]&15) * 4
-	case len(b) >= 40 && b[0]>>4 == 6:
-		src, dst = netip.AddrFrom16([16]byte(b[8:])), netip.AddrFrom16([16]byte(b[24:]))
-		if b[6] == 44 { // fragment header (RFC 8200 section 4.5)
-			l4 += 8
-		}
-	}
-	if !src.IsValid() || len(b) < l4+4 {
+	from, to, ok := packet.Ports(p.Data)
+	if !ok {
 		return false
 	}
-	from := netip.AddrPortFrom(src, uint16(b[l4])<<8|uint16(b[l4+1]))
-	to := netip.AddrPortFrom(dst, uint16(b[l4+2])<<8|uint16(b[l4+3]))
 	id := ConnID{Local: from, Remote: to}
-	if p.Hook == HookPrerouting {
+	if e.inbounds(p.Hook, from.Addr(), to.Addr()) {
 		id = ConnID{Local: to, Remote: from}
 	}
 	c := e.conns[id]
 	return c != nil && c.translated
 }
 
-// vipOf reads the address on local's side of a packet that need not be whole.
-func vipOf(p *Packet) netip.Addr {
+// vipOf reads the address on local's side of a packet that need not be whole,
+// and whether it goes to local.
+func (e *Engine) vipOf(p *Packet) (vip netip.Addr, inbound bool) {
 	b := p.Data
-	at4, at6 := 12, 8
-	if p.Hook == HookPrerouting {
-		at4, at6 = 16, 24
-	}
+	var src, dst netip.Addr
 	switch {
 	case len(b) >= 20 && b[0]>>4 == 4:
-		return netip.AddrFrom4([4]byte(b[at4:]))
+		src, dst = netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:]))
 	case len(b) >= 40 && b[0]>>4 == 6:
-		return netip.AddrFrom16([16]byte(b[at6:]))
+		src, dst = netip.AddrFrom16([16]byte(b[8:])), netip.AddrFrom16([16]byte(b[24:]))
 	}
-	return netip.Addr{}
+	if e.inbounds(p.Hook, src, dst) {
+		return dst, true
+	}
+	return src, false
 }
 
 // icmpError handles an ICMP error that quotes a segment of ours: noted and
@@ -131,9 +133,9 @@ func vipOf(p *Packet) netip.Addr {
 // connection is.
 func (e *Engine) icmpError(p *Packet, fx *Effects) *app {
 	m := &e.icmp
-	if p.Hook != HookPrerouting || !m.Parse(p.Data) {
+	if vip, inbound := e.vipOf(p); !inbound || !m.Parse(p.Data) {
 		fx.accept(NotOurs)
-		return e.byVIP[vipOf(p)]
+		return e.byVIP[vip]
 	}
 	a := e.byVIP[m.Src.Addr()]
 	if a == nil {
@@ -191,7 +193,7 @@ func (c *conn) resets(s *packet.Segment) bool {
 	if c.learned { // local may hold octets that it has not acknowledged yet
 		return s.Seq == c.ep.RcvNxt || s.Seq == c.inEnd && c.ep.RcvNxt.Less(c.inEnd)
 	}
-	if c.refused != "" && c.handshake { // what was seen in its handshake is not to be forgotten for a guess
+	if c.refused != "" && c.handshake || c.translated { // what was seen in its handshake is not to be forgotten for a guess
 		return false
 	}
 	return c.app.state != appstate.SnapshotStart && c.app.state != appstate.SnapshotFreeze
@@ -306,7 +308,7 @@ func (c *conn) agree(syn, ack packet.Options) {
 // outbound handles a segment of local (L→R).
 func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
 	s := &e.seg
-	if p.Hook == HookOutput {
+	if p.Hook != HookPostrouting {
 		if a.state.Away() {
 			e.awayOut(now, a, c, id, p, fx)
 			return
@@ -328,6 +330,8 @@ func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *E
 		fx.accept(HandshakePass)
 		switch {
 		case !s.Has(packet.ACK):
+		case c.translated && c.hsIRS.Add(1) == s.Ack && s.Seq.Add(1+c.tr.Out) == c.hsEnd:
+			e.handshakeAgain(c, fx)
 		case c.translated && !c.answersSyn(s):
 			fx.drop(Malformed) // local's numbers are not for the remote
 		default:
@@ -395,7 +399,7 @@ func (e *Engine) unknownOut(now Time, a *app, id ConnID, fx *Effects) {
 // isAnswer tells whether s, an empty segment in local's view, answers an ask,
 // and learns from it. Such a segment is for us alone.
 func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment) bool {
-	if c.asks == 0 || s.Flags != packet.ACK || s.PayloadLen() != 0 {
+	if c.asks == 0 || s.Flags&^(packet.ECE|packet.CWR) != packet.ACK || s.PayloadLen() != 0 {
 		return false
 	}
 	serial := uint32(0)
@@ -429,7 +433,9 @@ func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 	if fresh {
 		c.learned = true
 		ep.SndNxt, ep.RcvNxt = seq, ack
-		ep.SndUna = seq.Add(-c.sendQueue)
+		if !c.reloaded || c.app.state == appstate.SnapshotStart {
+			ep.SndUna = seq.Add(-c.sendQueue)
+		}
 	}
 	if ep.RcvNxt.Less(ack) {
 		c.bytesIn += uint64(ack.Size(ep.RcvNxt))
@@ -440,9 +446,10 @@ func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 	}
 	if s.Opt.HasTS {
 		tsval, tsecr := s.Opt.TSVal+c.tr.TSOut, s.Opt.TSEcr+c.tr.TSIn
-		if seqnum.NewerTS(tsval, ep.TSVal) || !c.handshake && !c.translated {
-			ep.TSVal = tsval
+		if fresh {
+			ep.TSVal, c.spokeAt = tsval, now
 		}
+		c.noteClock(now, tsval)
 		if fresh || ep.TSAt == 0 || seqnum.NewerTS(tsecr, ep.TSRec) {
 			ep.TSRec, ep.TSAt = tsecr, now // what local took for the remote's clock
 		}

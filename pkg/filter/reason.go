@@ -15,6 +15,7 @@ const (
 	BadChecksum
 	TruncatedCopy
 	NotOurs
+	SameNode
 	Blocked
 	// Running applications.
 	Pass
@@ -25,6 +26,7 @@ const (
 	ICMPPass
 	ICMPTranslated
 	TableFull
+	AppTableFull
 	// Frozen.
 	FrozenPass
 	FrozenStripped
@@ -66,8 +68,8 @@ const (
 const NumReasons = int(numReasons)
 
 var reasonNames = [...]string{
-	"none", "no-app", "excluded", "malformed", "bad-options", "bad-checksum", "truncated-copy", "not-ours", "blocked",
-	"pass", "translated", "handshake", "close", "ask-answer", "icmp", "icmp-translated", "table-full",
+	"none", "no-app", "excluded", "malformed", "bad-options", "bad-checksum", "truncated-copy", "not-ours", "same-node", "blocked",
+	"pass", "translated", "handshake", "close", "ask-answer", "icmp", "icmp-translated", "table-full", "app-table-full",
 	"frozen-pass", "frozen-stripped", "frozen-kept", "fin-held-back",
 	"held-noted", "held-answered", "held-challenged", "held-limited", "held-out-of-window", "held-bad-ack",
 	"held-old-timestamp", "held-no-ack", "held-data", "held-data-dropped", "held-fin", "held-fin-acked", "held-rst",

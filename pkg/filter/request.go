@@ -3,6 +3,7 @@ package filter
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -33,6 +34,14 @@ type (
 		Timeout  Time // for learning, default 2 s
 		LeaveOut bool // reset what cannot be learned instead of refusing
 	}
+	// Adopt makes connections known that are older than the filter, and forgets
+	// translated ones whose local socket is gone.
+	Adopt struct {
+		App     string
+		Sockets []Socket // all, those in TIME_WAIT too
+		Listen  []uint16
+		At      Time // just before they were listed; what is younger is not missed
+	}
 	// SnapshotFreeze stops payload towards the application.
 	SnapshotFreeze struct {
 		App string
@@ -51,6 +60,8 @@ type (
 		App, ID string
 		Force   bool
 	}
+	// AllSets has everything that belongs there added to the sets again.
+	AllSets struct{}
 	// SnapshotAbort lets the application go on.
 	SnapshotAbort struct{ App string }
 	// RestoreStart announces that the application comes back.
@@ -99,7 +110,9 @@ type Result struct {
 	App, SnapshotID string
 	State           appstate.App
 	Notes           []string
-	Learned         int
+	Learned         int // SNAPSHOTSTART
+
+	Adopted, Forgotten int // ADOPT: connections that were not known; whose socket was gone
 }
 
 // Error is a refused request. Conns names connections and what each lacks.
@@ -145,6 +158,10 @@ func (e *Engine) request(now Time, r *Request, fx *Effects) {
 		return
 	case *Status:
 		reply(e.status(b.App))
+		return
+	case *AllSets:
+		e.allSets(fx)
+		reply(nil, nil)
 		return
 	case *Register:
 		reply(e.register(b, fx))
@@ -215,6 +232,8 @@ func target(body any) (string, appstate.Request, bool) {
 		return b.App, appstate.ReqUnregister, b.Force
 	case *SnapshotStart:
 		return b.App, appstate.ReqSnapshotStart, false
+	case *Adopt:
+		return b.App, appstate.ReqAdopt, false
 	case *SnapshotFreeze:
 		return b.App, appstate.ReqSnapshotFreeze, false
 	case *Seal:
@@ -242,10 +261,13 @@ func (e *Engine) apply(now Time, r *Request, a *app, fx *Effects) (res any, err 
 		res, err = e.unregister(b, a, fx)
 	case *SnapshotStart:
 		return e.snapshotStart(now, r, b, a, fx)
+	case *Adopt:
+		res = e.adopt(now, b, a, fx)
 	case *SnapshotFreeze:
 		res, err = e.snapshotFreeze(now, b, a, fx)
 	case *Seal:
 		a.sealed = true
+		a.markAll() // nothing moves any more: these are the numbers
 		res = a.result()
 	case *SnapshotDone:
 		res, err = e.snapshotDone(now, b, a, fx)
@@ -281,12 +303,7 @@ func (e *Engine) register(b *Register, fx *Effects) (any, error) {
 	a := &app{engine: e, name: b.App, vips: slices.Clone(b.VIPs),
 		include: b.Include, exclude: b.Exclude, outgoing: b.Outgoing,
 		includeNets: b.IncludeAddresses, excludeNets: b.ExcludeAddrs}
-	e.apps[a.name] = a
-	e.order = append(e.order, a)
-	slices.SortFunc(e.order, func(x, y *app) int { return strings.Compare(x.name, y.name) })
-	for _, v := range a.vips {
-		e.byVIP[v] = a
-	}
+	e.enter(a)
 	a.listen = slices.Clone(a.include)
 	for _, p := range a.exclude {
 		for _, v := range a.vips {
@@ -302,6 +319,49 @@ func (e *Engine) register(b *Register, fx *Effects) (any, error) {
 	a.setVIP(fx, true, SetVIP)
 	a.set(appstate.Connected, fx, "registered")
 	return a.result(), nil
+}
+
+// enter makes a known to the engine.
+func (e *Engine) enter(a *app) {
+	e.apps[a.name] = a
+	e.order = append(e.order, a)
+	slices.SortFunc(e.order, func(x, y *app) int { return strings.Compare(x.name, y.name) })
+	for _, v := range a.vips {
+		e.byVIP[v] = a
+	}
+}
+
+// allSets adds everything that belongs to the application to the sets.
+func (a *app) allSets(fx *Effects) {
+	for _, p := range a.exclude {
+		for _, v := range a.vips {
+			fx.Sets = append(fx.Sets, SetChange{Set: SetSkip, Add: true, IP: v, Port: p})
+		}
+	}
+	for _, c := range a.conns {
+		if c.translated {
+			fx.Sets = append(fx.Sets, flowChange(c, true))
+		}
+	}
+	switch {
+	case a.state.Away():
+		a.setVIP(fx, true, SetActive, SetAway)
+	case a.state == appstate.SnapshotStart:
+		a.setVIP(fx, true, SetActive, SetFull)
+	case a.translated > 0:
+		a.setVIP(fx, true, SetActive)
+	}
+	a.setVIP(fx, true, SetVIP)
+}
+
+// allSets adds everything to the sets: others have emptied them.
+func (e *Engine) allSets(fx *Effects) {
+	for _, a := range e.order {
+		a.allSets(fx)
+	}
+	for _, v := range slices.SortedFunc(maps.Keys(e.blocked), netip.Addr.Compare) {
+		fx.Sets = append(fx.Sets, SetChange{Set: SetActive, Add: true, IP: v}, SetChange{Set: SetAway, Add: true, IP: v})
+	}
 }
 
 // setVIP adds the application's VIPs to sets or takes them out.
@@ -338,6 +398,7 @@ func (e *Engine) unregister(b *Unregister, a *app, fx *Effects) (any, error) {
 			fx.Sets = append(fx.Sets, SetChange{Set: SetSkip, IP: v, Port: p})
 		}
 	}
+	a.dropSyns()
 	for _, v := range a.vips {
 		delete(e.byVIP, v)
 	}

@@ -35,19 +35,37 @@ func (e *Engine) handshakeOut(c *conn, hook uint8, fx *Effects) {
 	s := &e.seg
 	switch {
 	case s.Flags&(packet.SYN|packet.ACK) == packet.SYN|packet.ACK:
-		if hook == HookOutput {
+		if hook != HookPostrouting {
+			c.forwarded = hook == HookPrerouting
 			fx.accept(HandshakePass)
 			return
 		}
 		e.handshakeAck(c, fx)
 	case s.Has(packet.RST):
 		fx.drop(HandshakeRefused)
-		if c.hsDone || s.Ack == c.hsIRS.Add(1) {
+		switch {
+		case c.hsDone:
+			e.turnedAway(c)
+		case s.Ack == c.hsIRS.Add(1):
 			c.hsError = "local answered RST"
 			e.undoHandshake(c)
 		}
 	default:
 		fx.drop(NotOpenYet) // local sends it again
+	}
+}
+
+// turnedAway is a RST after local had accepted the connection. Once it may be
+// a full queue (tcp_abort_on_overflow); again and again it is the
+// application's own word, which goes to the remote at RESTORED: one connection
+// that the application does not want must not keep all others from coming back.
+func (e *Engine) turnedAway(c *conn) {
+	const sure = 3
+	c.hsError = "local accepted it and answered RST"
+	e.undoHandshake(c)
+	if c.hsRsts++; c.hsRsts >= sure && c.state == appstate.ConnectRmt {
+		c.turned = true
+		c.set(appstate.Closing)
 	}
 }
 
@@ -85,6 +103,7 @@ func (e *Engine) handshakeAck(c *conn, fx *Effects) {
 	if !c.hsDone || s.Seq != c.hsISN {
 		c.hsISN = s.Seq
 		c.hsWindow = s.Window
+		c.hsMSS = s.Opt.MSS
 		c.tr = translation(c, s)
 		c.hsDone = true
 		c.hsTS = s.Opt.TSVal
@@ -93,6 +112,18 @@ func (e *Engine) handshakeAck(c *conn, fx *Effects) {
 		}
 	}
 	sp := e.toLocal(c, packet.ACK)
+	fx.send(&sp, true)
+}
+
+// handshakeAgain acknowledges a SYN-ACK that local repeats although the
+// connection is open: our acknowledgement was lost.
+func (e *Engine) handshakeAgain(c *conn, fx *Effects) {
+	s := &e.seg
+	sp := packet.Spec{Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.ACK, Window: c.ep.RemoteField(), Seq: s.Ack, Ack: s.Seq.Add(1)}
+	if c.ep.Opt.TS && s.Opt.HasTS {
+		sp.HasTS, sp.TSVal, sp.TSEcr = true, c.ep.TSRec, s.Opt.TSVal
+	}
+	fx.drop(HandshakeAck)
 	fx.send(&sp, true)
 }
 
@@ -135,6 +166,7 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 	c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false
 	c.fwd, c.asks = false, 0
 	c.answered()
+	c.opened, c.hsEnd = now, c.ep.SndNxt
 	c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
 	if !c.translated {
 		e.flow(c, true, fx)
@@ -159,8 +191,8 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 		c.redoAt = now + 30e6
 		e.at(c.redoAt)
 	}
-	if c.ep.Closed {
-		c.ep.Closed = false
+	if c.ep.Closed || c.reloaded { // an earlier filter may have closed it
+		c.ep.Closed, c.reloaded = false, false
 		// Where octets are kept local's acknowledgement of them follows.
 		sp := c.ep.Ack()
 		sp.Window = max(c.tr.Window(c.firstWindow(), c.ep.RcvNxt, &c.edge), 1)
@@ -193,10 +225,27 @@ func (e *Engine) taken(now Time, c *conn, ack seqnum.Value) {
 // firstWindow is the window of local's SYN-ACK in units of its scale.
 func (c *conn) firstWindow() uint16 { return max(c.hsWindow>>c.tr.ScaleLocal, 1) }
 
+// largest is how many octets an injected segment to local may hold. Towards a
+// network namespace it crosses a link, and nobody cuts what is too long for it.
+func (c *conn) largest() int {
+	const loopback, smallest, timestamps = 16 << 10, 536, 12 // RFC 9293 section 3.7.1, RFC 7323 appendix A
+	if !c.forwarded {
+		return loopback
+	}
+	n := int(c.hsMSS)
+	if n == 0 {
+		n = smallest
+	}
+	if c.ep.Opt.TS {
+		n -= timestamps
+	}
+	return max(n, 1)
+}
+
 // handKept injects what was kept into the local side, in segments that fit the
-// remote's options.
+// remote's options and the way there.
 func (e *Engine) handKept(c *conn, fx *Effects) {
-	const most = 16 << 10
+	most := c.largest()
 	seq := c.localSeqIn(c.keptAt)
 	if c.finIn {
 		seq = seq.Add(^uint32(0))

@@ -49,6 +49,28 @@ func TestScenarios(t *testing.T) {
 	}
 }
 
+// TestScenariosBehind: where the application is in a network namespace behind
+// the node, its segments come from another hook, and nothing else differs.
+func TestScenariosBehind(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txt")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no scenarios: %v", err)
+	}
+	for _, f := range files {
+		script, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := os.ReadFile(strings.TrimSuffix(f, ".txt") + ".trace")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := filtertest.RunBehind(string(script)); err != nil || got != string(want) {
+			t.Errorf("%s: %v\n%s", f, err, diff(string(want), got))
+		}
+	}
+}
+
 // diff shows the first lines that differ.
 func diff(want, got string) string {
 	w, g := strings.Split(want, "\n"), strings.Split(got, "\n")

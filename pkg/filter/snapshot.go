@@ -54,9 +54,10 @@ func (c *conn) prepare(now Time) {
 	c.asks, c.askFrom, c.askAt, c.discarded, c.fwd = 0, 0, 0, 0, false
 	c.last, c.lastIn, c.lastOut = nobody, 0, 0
 	c.hsDone, c.hsStarted, c.hsError = false, false, ""
-	c.ep.Closed = false
+	c.ep.Closed, c.hole = false, false
 	if c.redoAt != 0 {
 		c.redoAt = 0
+		c.finOwed = c.finIn && c.translated // the remote was told that it is taken and does not send it again
 		c.app.engine.unkeep(c)
 	}
 }
@@ -92,7 +93,8 @@ func (e *Engine) listed(now Time, a *app, s *Socket, fx *Effects) {
 	// been an outsider's.
 	const listAge = 1e9 // the list may be older than a FIN just seen
 	c.closeWait = s.CloseWait
-	c.finIn, c.finOut, c.closed = s.CloseWait || c.finIn && c.finAt != 0 && now-c.finAt < listAge, false, false
+	c.finOwed = c.finOwed && !s.CloseWait
+	c.finIn, c.finOut, c.closed = s.CloseWait || c.finOwed || c.finIn && c.finAt != 0 && now-c.finAt < listAge, false, false
 	switch {
 	case c.finIn && c.state == appstate.Connect:
 		c.set(appstate.Closing)
@@ -125,6 +127,10 @@ func (c *conn) info(now Time, s *Socket) {
 		}
 	}
 	if c.translated {
+		if !c.learned { // an earlier filter opened it
+			c.ep.RcvNxt = c.hsIRS.Add(1 + uint32(s.BytesReceived)).Add(c.tr.In)
+			c.rcvKnown = true
+		}
 		return
 	}
 	c.bytesIn, c.bytesOut = s.BytesReceived, s.BytesAcked
@@ -250,16 +256,46 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 			continue
 		}
 		c.frozen, c.sealed = true, true
+		c.hole = c.ep.SndUna != c.ep.SndNxt // only by force
 		if c.state == appstate.Connect && c.alive() || c.state == appstate.Closing && !c.finOut {
 			c.set(appstate.ConnectRmt)
 		}
+		e.trimKept(c)
+		e.openHeld(c, fx)
 	}
+	a.wake = a.wake && a.kept+len(a.syns) > 0 || a.anyFin()
 	if a.wake {
 		a.wakeTries = 0
 		e.requestRestore(now, a, fx)
 	}
 	res.State, res.SnapshotID = a.state, a.snapID
 	return res, nil
+}
+
+// openHeld sees that a held remote can speak: what it cannot send wakes nobody.
+// A window that was closed for octets that local has taken after all is opened,
+// and one that local had closed itself, for one segment.
+func (e *Engine) openHeld(c *conn, fx *Effects) {
+	ep := &c.ep
+	tell := ep.Closed && len(c.kept) == 0
+	if tell {
+		ep.Closed = false
+	}
+	const segment = 1460
+	if !ep.Closed && uint32(ep.Window)<<ep.Opt.LocalScale < segment && c.alive() {
+		ep.Window = uint16(min((segment>>ep.Opt.LocalScale)+1, 65535))
+		ep.Edge = ep.Edge.Max(ep.RcvNxt.Add(uint32(ep.Window) << ep.Opt.LocalScale))
+		tell = true
+	}
+	if tell {
+		sp := ep.Ack()
+		fx.send(&sp, false)
+	}
+}
+
+// anyFin tells whether a remote's close was kept for local.
+func (a *app) anyFin() bool {
+	return slices.ContainsFunc(a.conns, func(c *conn) bool { return c.keptFin })
 }
 
 // dismiss ends a connection that is left out.
@@ -302,18 +338,14 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 			continue
 		}
 		c.answered()
-		kept := len(c.kept) > 0 || c.keptFin
-		if kept {
-			c.hsIRS = c.ep.RcvNxt.Add(^uint32(0))
-			c.hsISN = c.localSeqOut(c.ep.SndNxt).Add(^uint32(0))
-			c.hsTS = c.ep.TSVal - c.tr.TSOut
-			e.handKept(c, fx)
-			e.unkeep(c) // the remote was told nothing of it and sends it again
-		}
-		if c.ep.Closed {
-			c.ep.Closed = false
-			sp := c.ep.Ack()
-			fx.send(&sp, false)
+		c.settleFin()
+		e.handBack(now, c, fx)
+		if c.ep.Closed || c.reloaded {
+			c.ep.Closed, c.reloaded = false, false
+			if c.learned {
+				sp := c.ep.Ack()
+				fx.send(&sp, false)
+			}
 		}
 		c.frozen, c.sealed, c.fwd, c.asks = false, false, false, 0
 		if !c.translated { // bulk passes unseen from now on
@@ -325,6 +357,43 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 	a.set(appstate.Restored, fx, why)
 	a.settle(fx)
 	e.handSyns(now, a, fx)
+}
+
+// handBack gives what was kept in a snapshot that is given up to the local
+// side that was there all the time. It acknowledges no more than the remote
+// has. Where the connection is translated it is handed over until it is taken;
+// others pass unseen from now on, and the remote, which was told nothing of it,
+// sends it again.
+func (e *Engine) handBack(now Time, c *conn, fx *Effects) {
+	e.trimKept(c)
+	if len(c.kept) == 0 && !c.keptFin && !c.finOwed {
+		return
+	}
+	c.hsIRS = c.ep.RcvNxt.Add(^uint32(0))
+	c.hsISN = c.localSeqOut(c.ep.SndUna).Add(^uint32(0))
+	c.hsTS = c.ep.TSVal - c.tr.TSOut
+	e.handKept(c, fx)
+	if !c.translated {
+		e.unkeep(c)
+		return
+	}
+	c.retries, c.finOwed = 0, false
+	c.redoAt = now + 30e6
+	e.at(c.redoAt)
+}
+
+// trimKept drops what of the kept octets local has taken by other ways.
+func (e *Engine) trimKept(c *conn) {
+	if c.kept == nil && !c.keptFin || !c.keptAt.Less(c.ep.RcvNxt) || c.finOwed {
+		return
+	}
+	if c.keptEnd().LessEq(c.ep.RcvNxt) {
+		e.unkeep(c)
+		return
+	}
+	n := min(int(c.ep.RcvNxt.Size(c.keptAt)), len(c.kept))
+	c.kept = append(c.kept[:0], c.kept[n:]...)
+	c.keptAt = c.ep.RcvNxt
 }
 
 // settle takes the application out of the set of those to be looked at when
@@ -350,7 +419,7 @@ func (e *Engine) handSyns(now Time, a *app, fx *Effects) {
 			e.noteSyn(now, a, e.conns[k.id], k.id, &s, fx)
 		}
 	}
-	a.syns, a.synIndex = nil, nil
+	a.dropSyns()
 }
 
 func (e *Engine) restoreStart(now Time, b *RestoreStart, a *app, fx *Effects) (any, error) {
@@ -368,7 +437,7 @@ func (e *Engine) restoreStart(now Time, b *RestoreStart, a *app, fx *Effects) (a
 	a.wakeAt = 0
 	a.probedAt = now
 	for _, c := range a.conns {
-		c.hsDone, c.hsStarted, c.hsError = false, false, ""
+		c.hsDone, c.hsStarted, c.hsError, c.hsRsts = false, false, "", 0
 		fx.Untrack = append(fx.Untrack, c.id)
 		if c.state == appstate.ConnectRmt || c.state == appstate.Connect && c.handshake {
 			sp := c.ep.Probe() // also where it is not known whether the remote has an open connection
@@ -420,6 +489,14 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 	for i := len(a.conns) - 1; i >= 0; i-- {
 		c := a.conns[i]
 		switch {
+		case c.turned:
+			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: reset, the application accepted it and reset it %d times", c.id.Local, c.id.Remote, c.hsRsts))
+			e.dismiss(c, fx)
+		case c.hsDone && c.hole && c.ep.SndUna != c.ep.SndNxt:
+			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: reset, %d octets of the stopped application never reached the remote", c.id.Local, c.id.Remote, c.ep.SndNxt.Size(c.ep.SndUna)))
+			sp := e.toLocal(c, packet.RST|packet.ACK)
+			fx.send(&sp, true)
+			e.dismiss(c, fx)
 		case c.hsDone:
 			e.open(now, c, fx)
 		case c.restorable():
@@ -443,6 +520,10 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 func (e *Engine) restoreAbort(now Time, a *app, fx *Effects) (any, error) {
 	for _, c := range a.conns {
 		e.undoHandshake(c)
+		if c.turned { // the next process may want it
+			c.turned = false
+			c.set(appstate.ConnectRmt)
+		}
 	}
 	a.set(appstate.SnapshotDone, fx, "restore aborted")
 	if a.wake { // ask again, later: what failed is not mended in a moment

@@ -18,23 +18,35 @@ import (
 // packet of the engine that no TCP could take.
 //
 //	app NAME VIP PORT... [!PREFIX]           registers an application; !: not for these remotes
-//	link NAME ADDR:PORT [plain|md5] [lscale N]   a remote; plain: no options at all
+//	link NAME ADDR:PORT [plain|md5|ecn] [lscale N] [mss N]   a remote; plain: no options at all
 //	open NAME                                its handshake with the running local stack
 //	remote NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [data TEXT]
 //	local  NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [data TEXT]
 //	newlocal NAME ISS TS [lscale N]          the next local socket of the connection
-//	raw HEX                                  octets from the network
+//	behind                                   the application is in a network namespace behind the node
+//	raw HEX                                  octets from the network, or from behind the node
 //	silent on|off                            whether the local stack answers by itself
 //	advance DURATION
+//	restart [reboot | lost NAME]             a new filter takes up what was recorded; the set of
+//	                                         translated flows has lost that of NAME
 //	request WORDS...                         as in ckptctl ioctl; besides
-//	                                         SNAPSHOTSTART without|closing NAME and
+//	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
+//	                                         ADOPT stale NAME,
 //	                                         SNAPSHOTFREEZE pass-closes|now
 //
 // Flags are joined by +, e.g. ACK or FIN+ACK. Numbers are relative: seq to the
 // next octet of that end, ack to what it has received. A segment in order moves
 // the end's numbers, and the other end's when it is let through.
-func Run(script string) (string, error) {
+func Run(script string) (string, error) { return New().run(script) }
+
+// RunBehind is Run with the application in a network namespace behind the node.
+func RunBehind(script string) (string, error) {
 	w := New()
+	w.before = filter.HookPrerouting
+	return w.run(script)
+}
+
+func (w *World) run(script string) (string, error) {
 	sc := bufio.NewScanner(strings.NewReader(script))
 	for n := 1; sc.Scan(); n++ {
 		line := strings.TrimSpace(sc.Text())
@@ -80,6 +92,9 @@ func (w *World) line(line string) error {
 	case "silent":
 		w.silent = arg(1) == "on"
 		return nil
+	case "behind":
+		w.before = filter.HookPrerouting
+		return nil
 	case "raw":
 		var b []byte
 		if _, err := fmt.Sscanf(arg(1), "%x", &b); err != nil {
@@ -94,6 +109,11 @@ func (w *World) line(line string) error {
 		}
 		w.advance(d)
 		return nil
+	case "restart":
+		if l := w.links[arg(2)]; arg(1) == "lost" && l != nil {
+			delete(w.flows, l.raddr)
+		}
+		return w.restart(arg(1) == "reboot")
 	case "request":
 		return w.requestLine(f[1:])
 	}
@@ -145,6 +165,8 @@ func (w *World) linkLine(f []string) error {
 		switch f[i] {
 		case "plain":
 			l.ts, l.scale, l.sack, l.lscale = false, -1, false, 0
+		case "ecn":
+			l.ecn = true
 		case "md5":
 			l.md5, l.ts = true, false
 		case "lscale":
@@ -154,6 +176,13 @@ func (w *World) linkLine(f []string) error {
 				return err
 			}
 			l.lscale = uint8(v)
+		case "mss":
+			i++
+			v, err := strconv.ParseUint(f[i], 10, 16)
+			if err != nil {
+				return err
+			}
+			l.mss = uint16(v)
 		}
 	}
 	l.remote.nxt, l.local.nxt = l.remote.iss, l.local.iss
@@ -207,7 +236,7 @@ func (w *World) newLocal(f []string) error {
 	return nil
 }
 
-var flagBits = map[string]uint8{"FIN": packet.FIN, "SYN": packet.SYN, "RST": packet.RST, "PSH": packet.PSH, "ACK": packet.ACK, "URG": packet.URG}
+var flagBits = map[string]uint8{"FIN": packet.FIN, "SYN": packet.SYN, "RST": packet.RST, "PSH": packet.PSH, "ACK": packet.ACK, "URG": packet.URG, "ECE": packet.ECE, "CWR": packet.CWR}
 
 // segmentLine plays one segment of an end.
 func (w *World) segmentLine(fromRemote bool, line string) error {
@@ -313,6 +342,16 @@ func (w *World) requestLine(f []string) error {
 		}
 		w.request(r)
 		w.advance(20 * time.Millisecond)
+	case "ALLSETS":
+		w.request(&filter.AllSets{})
+	case "ADOPT":
+		r := &filter.Adopt{App: app, Listen: []uint16{6379}, At: w.now}
+		if arg(1) == "stale" { // as it was two seconds ago
+			r.Sockets, r.At = w.sockets("without", arg(2)), w.now-2e9
+		} else {
+			r.Sockets = w.sockets(arg(1), arg(2))
+		}
+		w.request(r)
 	case "SNAPSHOTFREEZE":
 		r := &filter.SnapshotFreeze{App: app, PassCloses: arg(1) == "pass-closes"}
 		if arg(1) == "now" {
@@ -361,13 +400,16 @@ func (w *World) sockets(how, name string) []filter.Socket {
 		}
 		out = append(out, filter.Socket{
 			ID:          filter.ConnID{Local: l.laddr, Remote: l.raddr},
-			Established: true, CloseWait: l.remote.fin, Passive: true, HasInfo: true,
+			Established: true, CloseWait: l.remote.fin && l.local.rcv == l.remote.nxt, Passive: true, HasInfo: true,
 			TS: l.ts, SACK: l.sack, WScale: l.scale >= 0, RemoteScale: uint8(max(l.scale, 0)), LocalScale: l.lscale,
 			SndMSS: 1448, BytesReceived: uint64(l.local.rcv.Size(l.remote.iss.Add(1))),
 		})
 	}
 	return out
 }
+
+// Sockets lists the local sockets as the agent does.
+func (w *World) Sockets() []filter.Socket { return w.sockets("", "") }
 
 // Play runs a script without looking at its trace.
 func (w *World) Play(script string) error {

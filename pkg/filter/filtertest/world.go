@@ -35,7 +35,7 @@ type link struct {
 	scale         int // of the remote, -1: none
 	sack          bool
 	lscale        uint8
-	md5           bool
+	md5, ecn      bool // ecn: local echoes congestion (RFC 3168)
 }
 
 // World is an engine with everything around it.
@@ -48,10 +48,12 @@ type World struct {
 	byID   map[filter.ConnID]*link
 	out    strings.Builder
 	app    string
-	away   bool // local's segments come from the output hook
+	away   bool  // local's segments come from the hook before routing
+	before uint8 // that hook
 	replay uint64
 	silent bool // the local stack does not answer by itself
 	errs   []string
+	store  Store                   // what was recorded
 	flows  map[netip.AddrPort]bool // remotes in the set of translated flows
 	passed []byte                  // the last segment, as it went on; nil when it did not
 }
@@ -62,8 +64,8 @@ func New() *World { return With(filter.New(filter.Config{Seed: 1})) }
 // With makes a world around an engine.
 func With(e *filter.Engine) *World {
 	return &World{
-		Engine: e,
-		links:  map[string]*link{}, flows: map[netip.AddrPort]bool{}, byID: map[filter.ConnID]*link{}, now: 1e9,
+		Engine: e, before: filter.HookOutput,
+		links: map[string]*link{}, flows: map[netip.AddrPort]bool{}, byID: map[filter.ConnID]*link{}, now: 1e9,
 	}
 }
 
@@ -100,7 +102,7 @@ func (w *World) deliver(hook uint8, data []byte) {
 func (w *World) deliverLocal(l *link, b []byte) {
 	h := w.hook()
 	w.deliver(h, b)
-	if h == filter.HookOutput && w.passed != nil && w.flows[l.raddr] {
+	if h == w.before && w.passed != nil && w.flows[l.raddr] {
 		w.deliver(filter.HookPostrouting, append([]byte(nil), w.passed...))
 	}
 }
@@ -112,6 +114,31 @@ func (w *World) engineStep(ev filter.Event, verdict bool) {
 	if verdict {
 		w.verdict(ev.Packet.Data)
 	}
+	w.effects()
+}
+
+// restart puts a new engine in the place of the old one, with what was
+// recorded.
+func (w *World) restart(rebooted bool) error {
+	w.Engine = filter.New(filter.Config{Seed: 2})
+	apps, conns := w.store.Records()
+	known := func(id filter.ConnID) bool { return w.flows[id.Remote] }
+	if rebooted {
+		clear(w.flows)
+		w.now = 1e9 // the clock begins anew
+	}
+	if err := w.Engine.Load(w.now, apps, conns, known, rebooted, &w.fx); err != nil {
+		return err
+	}
+	w.printf("    %d applications, %d connections\n", len(apps), len(conns))
+	w.away = false
+	w.effects()
+	return nil
+}
+
+// effects prints what comes of a step.
+func (w *World) effects() {
+	w.store.Apply(w.fx.Records)
 	for _, u := range w.fx.Untrack {
 		w.printf("    untrack %v\n", u.Remote)
 	}
@@ -176,6 +203,9 @@ func (w *World) reply(r filter.Reply) {
 	}
 	if res, ok := r.Body.(*filter.Result); ok {
 		w.printf("    done %q", res.State.String())
+		if res.Adopted+res.Forgotten > 0 {
+			w.printf(" %d new, %d forgotten", res.Adopted, res.Forgotten)
+		}
 		for _, n := range res.Notes {
 			w.printf(" (%s)", n)
 		}
@@ -209,7 +239,11 @@ func (w *World) sent(b []byte) {
 
 // answerAsk plays local's duplicate ACK with a DSACK for the octet of an ask.
 func (w *World) answerAsk(l *link, left seqnum.Value) {
-	b := w.segment(l, false, packet.ACK, 0, 0, nil, nil)
+	flags := uint8(packet.ACK)
+	if l.ecn {
+		flags |= packet.ECE
+	}
+	b := w.segment(l, false, flags, 0, 0, nil, nil)
 	if l.sack {
 		b = withSACK(b, left, left.Add(1))
 	}
@@ -225,8 +259,10 @@ func (w *World) localTakes(l *link, s *packet.Segment) {
 		l.local.nxt = l.local.iss
 		b := w.segment(l, false, packet.SYN|packet.ACK, 0, 0, nil, nil)
 		l.local.nxt = l.local.iss.Add(1)
-		w.deliver(filter.HookOutput, append([]byte(nil), b...))
+		w.deliver(w.before, append([]byte(nil), b...))
 		w.deliver(filter.HookPostrouting, b)
+	case s.Len() == 0 && min(l.local.rcv.Size(s.Seq), s.Seq.Size(l.local.rcv)) > 1<<20: // far outside its window
+		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
 	case s.Len() > 0 && s.Seq == l.local.rcv:
 		l.local.rcv = s.End()
 		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
@@ -235,7 +271,7 @@ func (w *World) localTakes(l *link, s *packet.Segment) {
 
 func (w *World) hook() uint8 {
 	if w.away {
-		return filter.HookOutput
+		return w.before
 	}
 	return filter.HookPostrouting
 }

@@ -1,0 +1,48 @@
+package filtertest
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+)
+
+// Store is a journal in memory: it keeps what an engine wants kept.
+type Store struct {
+	apps  map[string]filter.AppRecord
+	conns map[filter.ConnID]filter.ConnRecord
+}
+
+// Apply keeps records, in their order.
+func (s *Store) Apply(records []filter.Record) {
+	if s.apps == nil {
+		s.apps, s.conns = map[string]filter.AppRecord{}, map[filter.ConnID]filter.ConnRecord{}
+	}
+	for _, r := range records {
+		switch {
+		case r.App != nil:
+			s.apps[r.App.Name] = *r.App
+		case r.Name != "":
+			delete(s.apps, r.Name)
+		case r.Conn != nil:
+			s.conns[r.ID] = *r.Conn
+		default:
+			delete(s.conns, r.ID)
+		}
+	}
+}
+
+// Records gives everything kept, in a fixed order.
+func (s *Store) Records() (apps []filter.AppRecord, conns []filter.ConnRecord) {
+	for _, n := range slices.Sorted(maps.Keys(s.apps)) {
+		apps = append(apps, s.apps[n])
+	}
+	ids := slices.SortedFunc(maps.Keys(s.conns), func(a, b filter.ConnID) int {
+		return cmp.Or(a.Local.Compare(b.Local), a.Remote.Compare(b.Remote))
+	})
+	for _, id := range ids {
+		conns = append(conns, s.conns[id])
+	}
+	return apps, conns
+}
