@@ -20,13 +20,15 @@ var (
 	descConns    = prometheus.NewDesc("nfconnfilter_connections", "Connection structures by application and state.", []string{"app", "state"}, nil)
 	descState    = prometheus.NewDesc("nfconnfilter_app_state", "1 for the state that the application is in.", []string{"app", "state"}, nil)
 	descKept     = prometheus.NewDesc("nfconnfilter_kept_bytes", "Payload kept for applications that are away.", []string{"app"}, nil)
+	descUsed     = prometheus.NewDesc("nfconnfilter_limit_used", "How much of a limit is used; of one for each application, by that which has most.", []string{"limit"}, nil)
+	descLimit    = prometheus.NewDesc("nfconnfilter_limit", "The limit.", []string{"limit"}, nil)
 	descReceived = prometheus.NewDesc("nfconnfilter_queue_packets_total", "Packets received from the queue.", nil, nil)
 	descOverruns = prometheus.NewDesc("nfconnfilter_queue_overruns_total", "Times that the queue's socket buffer overran.", nil, nil)
 	descSent     = prometheus.NewDesc("nfconnfilter_injected_packets_total", "Packets sent by the filter itself.", []string{"result"}, nil)
 )
 
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descVerdicts, descConns, descState, descKept, descReceived, descOverruns, descSent} {
+	for _, d := range []*prometheus.Desc{descVerdicts, descConns, descState, descKept, descUsed, descLimit, descReceived, descOverruns, descSent} {
 		ch <- d
 	}
 }
@@ -49,7 +51,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	if err != nil {
 		return
 	}
-	for _, a := range x.([]filter.AppStatus) {
+	for _, a := range x.(*filter.StatusList).Apps {
 		for r, v := range a.Reasons {
 			counter(descVerdicts, float64(v), a.Name, r)
 		}
@@ -58,5 +60,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		}
 		gauge(descState, 1, a.Name, a.State.String())
 		gauge(descKept, float64(a.Kept), a.Name)
+	}
+	for _, l := range x.(*filter.StatusList).Limits {
+		gauge(descUsed, float64(l.Used), l.Name)
+		gauge(descLimit, float64(l.Max), l.Name)
 	}
 }

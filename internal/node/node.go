@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nfconnfilter/nfconnfilter/internal/inject"
+	"github.com/nfconnfilter/nfconnfilter/internal/journal"
 	"github.com/nfconnfilter/nfconnfilter/internal/nfq"
 	"github.com/nfconnfilter/nfconnfilter/internal/rules"
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
@@ -32,6 +34,12 @@ type Node struct {
 	inj   *inject.Injector
 	rules *rules.Manager
 
+	journal   *journal.Journal
+	unsaved   []journal.Entry
+	unsavedAt filter.Time // when the first of them came
+
+	instance string // another one for each start
+
 	engine *filter.Engine
 	fx     filter.Effects
 
@@ -45,17 +53,19 @@ type Node struct {
 	pins    int        // requests under way that need them
 	engaged atomic.Int32
 
-	active  map[netip.Addr]bool // VIPs in the set of that name; their number is in engaged
-	calls   map[uint64]*call    // of the loop's goroutine
-	nextID  uint64
-	flows   []rules.TCPFlow
-	changes []rules.Change
-	wg      sync.WaitGroup
+	active   map[netip.Addr]bool // VIPs in the set of that name; their number is in engaged
+	calls    map[uint64]*call    // of the loop's goroutine
+	nextID   uint64
+	flows    []rules.TCPFlow
+	changes  []rules.Change // not made yet
+	failedAt filter.Time    // when making them failed last
+	wg       sync.WaitGroup
 }
 
 // call is a request on its way to the engine and back.
 type call struct {
 	body  any
+	gone  <-chan struct{} // closed when its caller has gone away
 	done  chan result
 	after func() // called in the loop's background when it is answered, may be nil
 }
@@ -79,9 +89,21 @@ func Open(cfg *config.Config, log *slog.Logger) (*Node, error) {
 	n := &Node{log: log, states: map[string]string{}, changed: make(chan struct{}),
 		active: map[netip.Addr]bool{}, calls: map[uint64]*call{}}
 	n.cfg.Store(cfg)
-	n.engine = filter.New(filter.Config{MaxConns: int(q.MaxConnections), Seed: binary.LittleEndian.Uint64(seed[:])})
+	n.instance = strconv.FormatUint(binary.LittleEndian.Uint64(seed[:]), 36)
+	l := cfg.Node.Limits
+	n.engine = filter.New(filter.Config{
+		MaxConns: q.MaxConnections, ConnsPerApp: l.ConnectionsPerApp,
+		KeepPerConn: int(l.KeptBytesPerConnection), KeepPerApp: int(l.KeptBytesPerApp), KeepTotal: int(l.KeptBytes),
+		MaxSyns: l.PendingSYNsPerApp, SynsTotal: l.PendingSYNs,
+		Seed: binary.LittleEndian.Uint64(seed[:]),
+	})
 	var err error
 	if n.queue, err = nfq.Open(nfq.Config{Queue: q.First, RecvBuf: 64 << 20}); err != nil {
+		return nil, err
+	}
+	left, err := n.openJournal(cfg.Node.StateDir)
+	if err != nil {
+		n.Close()
 		return nil, err
 	}
 	mark := q.Mark
@@ -97,7 +119,7 @@ func Open(cfg *config.Config, log *slog.Logger) (*Node, error) {
 	if err := n.rules.IPv6(); err != nil {
 		log.Info("no IPv6 rules on this node", "reason", err)
 	}
-	if err := n.takeUp(); err != nil {
+	if err := n.takeUp(left); err != nil {
 		n.Close()
 		return nil, err
 	}
@@ -109,65 +131,6 @@ func RulesConfig(cfg *config.Config) rules.Config {
 	q := cfg.Node.Queue
 	return rules.Config{Queue: q.First, Count: int(q.Count), Mark: q.Mark, Mask: q.MarkMask,
 		MaxElem: uint32(q.MaxConnections), LockDir: cfg.Node.StateDir}
-}
-
-// takeUp looks at what an earlier filter left in the sets. An application that
-// ran is registered again. Of one that was away the structures are gone: its
-// VIP stays blocked, so that nobody answers its remotes with RST, until the
-// operator decides.
-func (n *Node) takeUp() error {
-	away, err := n.rules.List(rules.Away)
-	if err != nil {
-		return err
-	}
-	vips, err := n.rules.List(rules.VIP)
-	if err != nil {
-		return err
-	}
-	flows, err := n.rules.List(rules.Flow)
-	if err != nil {
-		return err
-	}
-	if len(flows) > 0 {
-		n.log.Error("the translations of an earlier filter are lost; these connections will be reset when either side speaks", "connections", len(flows))
-	}
-	if err := n.rules.Clear(rules.Flow, rules.Full); err != nil {
-		return err
-	}
-	active, err := n.rules.List(rules.Active)
-	if err != nil {
-		return err
-	}
-	blocked := map[netip.Addr]bool{}
-	for _, c := range away {
-		blocked[c.IP] = true
-		n.engine.Block(c.IP)
-		n.log.Error("an application on this VIP was away when an earlier filter ended; its connections are lost, and its traffic is dropped until 'ckptctl start' brings it up anew or 'nfconnfilter rules --purge' removes the rules", "vip", c.IP)
-	}
-	for i := range active {
-		if active[i].Add = blocked[active[i].IP]; active[i].Add {
-			n.active[active[i].IP] = true
-		}
-	}
-	if err := n.rules.Apply(active); err != nil {
-		return err
-	}
-	up := map[netip.Addr]bool{}
-	for _, c := range vips {
-		up[c.IP] = !blocked[c.IP]
-	}
-	cfg := n.cfg.Load()
-	for _, a := range cfg.Apps {
-		if len(a.VIPs) == 0 || !up[a.VIPs[0]] {
-			continue
-		}
-		n.step(filter.Event{Request: &filter.Request{Body: registerApp(cfg, a)}})
-		n.log.Info("taken up from an earlier filter", "app", a.Name)
-	}
-	n.flush()
-	n.engaged.Store(int32(len(n.active)))
-	n.disengage()
-	return nil
 }
 
 // registerApp is the REGISTER request for application a.
@@ -192,6 +155,12 @@ func (n *Node) Close() {
 	if n.queue != nil {
 		_ = n.queue.Close()
 	}
+	if n.journal != nil {
+		if err := n.save(); err != nil {
+			n.log.Error("the last records are lost", "error", err)
+		}
+		_ = n.journal.Close()
+	}
 }
 
 // SetConfig makes a configuration that was read again the one in force.
@@ -213,6 +182,9 @@ func (n *Node) Run(ctx context.Context) error {
 	defer stop()
 	defer n.wg.Wait()
 	defer n.stop()
+	watch, cancel := context.WithCancel(ctx)
+	defer cancel()
+	n.wg.Go(func() { n.watchRules(watch) })
 	pkts := make([]nfq.Packet, 64)
 	var fp filter.Packet
 	for ctx.Err() == nil {
@@ -229,6 +201,26 @@ func (n *Node) Run(ctx context.Context) error {
 			// Packets that wait are taken even when the deadline is past: a
 			// slow beat must not keep the queue from being read.
 			deadline = time.Now().Add(time.Duration(left))
+		}
+		if len(n.changes) > 0 { // they failed
+			if at := time.Now().Add(applyAgain); deadline.IsZero() || at.Before(deadline) {
+				deadline = at
+			}
+			if now()-n.failedAt >= int64(applyAgain) {
+				_ = n.apply()
+			}
+		}
+		if len(n.unsaved) > 0 {
+			left := time.Duration(n.unsavedAt + int64(lazyFor) - now())
+			if left <= 0 {
+				if err := n.save(); err != nil {
+					n.log.Error(err.Error())
+				}
+				left = lazyFor
+			}
+			if at := time.Now().Add(left); deadline.IsZero() || at.Before(deadline) {
+				deadline = at
+			}
 		}
 		k, err := n.queue.Recv(pkts, deadline)
 		if err != nil {
@@ -274,7 +266,10 @@ func (n *Node) step(ev filter.Event) { n.engine.Step(now(), ev, &n.fx) }
 // flush does what the engine wants done, in the order of filter.Effects.
 func (n *Node) flush() {
 	fx := &n.fx
-	var failed error
+	failed := n.record(fx.Records)
+	if failed != nil {
+		n.log.Error(failed.Error())
+	}
 	if len(fx.Untrack) > 0 && tracking() {
 		n.flows = n.flows[:0]
 		for _, f := range fx.Untrack {
@@ -286,13 +281,11 @@ func (n *Node) flush() {
 	}
 	if len(fx.Sets) > 0 {
 		last := n.countActive(fx.Sets)
-		n.changes = n.changes[:0]
 		for _, c := range fx.Sets {
 			n.changes = append(n.changes, rules.Change{Set: setOf[c.Set], Add: c.Add, IP: c.IP, Port: c.Port, Peer: c.Peer})
 		}
-		if failed = n.rules.Apply(n.changes); failed != nil {
-			n.log.Error("switching the packet rules failed", "error", failed)
-			failed = fmt.Errorf("switching the packet rules failed: %w", failed)
+		if err := n.apply(); err != nil {
+			failed = errors.Join(failed, err)
 		}
 		if last {
 			n.wg.Go(n.disengage)
@@ -363,6 +356,12 @@ func (n *Node) takeCalls() {
 	n.inbox = nil
 	n.mu.Unlock()
 	for _, c := range in {
+		select {
+		case <-c.gone: // it has been told that this did not happen
+			n.answer(c, result{nil, context.Canceled})
+			continue
+		default:
+		}
 		n.nextID++
 		n.calls[n.nextID] = c
 		n.step(filter.Event{Request: &filter.Request{ID: n.nextID, Body: c.body}})
@@ -395,8 +394,9 @@ func (n *Node) answer(c *call, r result) {
 
 // do has the loop carry out one request and waits for its answer.
 func (n *Node) do(ctx context.Context, body any) (any, error) {
-	c := &call{body: body, done: make(chan result, 1)}
-	if _, ok := body.(*filter.SnapshotStart); ok {
+	c := &call{body: body, gone: ctx.Done(), done: make(chan result, 1)}
+	switch body.(type) {
+	case *filter.SnapshotStart, *filter.RestoreStart: // a restored application may be in another place
 		unpin, err := n.pin()
 		if err != nil {
 			unpin()

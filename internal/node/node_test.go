@@ -3,9 +3,12 @@ package node
 import (
 	"bufio"
 	"context"
+	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -13,8 +16,10 @@ import (
 	"connectrpc.com/connect"
 	"go.uber.org/goleak"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/rules"
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -84,6 +89,38 @@ func TestConntrackEntries(t *testing.T) {
 	}
 }
 
+// renamed lets an error that says text pass as one that says name.
+func renamed(err error, text, name string) error {
+	if err == nil || !strings.Contains(err.Error(), text) {
+		return err
+	}
+	return connect.NewError(connect.CodeOf(err), errors.New(name))
+}
+
+// A request whose caller has gone is not carried out any more.
+func TestCallerGone(t *testing.T) {
+	n := &Node{states: map[string]string{}, calls: map[uint64]*call{}, engine: filter.New(filter.Config{}), log: slog.New(slog.DiscardHandler)}
+	ctx, cancel := context.WithCancel(t.Context())
+	c := &call{body: &filter.Register{App: "a", VIPs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}}, gone: ctx.Done(), done: make(chan result, 1)}
+	cancel()
+	n.inbox = append(n.inbox, c)
+	n.takeCalls()
+	if r := <-c.done; !errors.Is(r.err, context.Canceled) {
+		t.Errorf("carried out: %v, %v", r.body, r.err)
+	}
+}
+
+func TestLatest(t *testing.T) {
+	ip := netip.MustParseAddr("10.0.0.1")
+	add := func(s rules.Set) rules.Change { return rules.Change{Set: s, Add: true, IP: ip} }
+	del := func(s rules.Set) rules.Change { return rules.Change{Set: s, IP: ip} }
+	got := latest([]rules.Change{add(rules.VIP), add(rules.Away), add(rules.Full), del(rules.Away), add(rules.VIP), del(rules.Full), add(rules.Full)})
+	want := []rules.Change{del(rules.Away), add(rules.VIP), add(rules.Full)}
+	if !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
 // Arguments that cannot be read are refused before the engine sees them.
 func TestBadArguments(t *testing.T) {
 	n := &Node{states: map[string]string{}}
@@ -93,6 +130,22 @@ func TestBadArguments(t *testing.T) {
 	for name, call := range map[string]func() error{
 		"vip": func() error {
 			_, err := s.Register(ctx, connect.NewRequest(&pb.RegisterRequest{App: "a", Vips: []string{"10.0.0"}}))
+			return err
+		},
+		"vip: multicast": func() error {
+			_, err := s.Register(ctx, connect.NewRequest(&pb.RegisterRequest{App: "a", Vips: []string{"224.0.0.1"}}))
+			return renamed(err, "224.0.0.1 is not an address", "vip: multicast")
+		},
+		"vip: second": func() error {
+			_, err := s.Register(ctx, connect.NewRequest(&pb.RegisterRequest{App: "a", Vips: []string{"10.0.0.1", "::1", "10.0.0.2"}}))
+			return renamed(err, "second address of its family", "vip: second")
+		},
+		"sockets: families": func() error {
+			_, err := s.SnapshotStart(ctx, connect.NewRequest(&pb.SnapshotStartRequest{App: "a", Sockets: []*pb.Socket{{Local: "[fd00::1]:80", Remote: "10.0.0.1:4000"}}}))
+			return renamed(err, "not of one family", "sockets: families")
+		},
+		"ADOPT": func() error {
+			_, err := s.Adopt(ctx, connect.NewRequest(&pb.AdoptRequest{App: "a", Sockets: []*pb.Socket{{Local: "10.0.0.1:80", Remote: "10.0.0.1:0"}}}))
 			return err
 		},
 		"include_ports": func() error {

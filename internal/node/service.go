@@ -63,14 +63,13 @@ func (s service) Register(ctx context.Context, r *connect.Request[pb.RegisterReq
 	bad := func(what string, err error) error {
 		return control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), fmt.Sprintf("REGISTER: %s: %v", what, err))
 	}
-	for _, v := range m.Vips {
-		a, err := netip.ParseAddr(v)
-		if err != nil {
-			return nil, bad("vip", err)
-		}
-		b.VIPs = append(b.VIPs, a.Unmap())
-	}
 	var err error
+	if b.VIPs, err = vips(m.Vips); err != nil {
+		return nil, bad("vip", err)
+	}
+	if slices.ContainsFunc(b.VIPs, netip.Addr.Is6) && s.n.rules != nil && s.n.rules.IPv6() != nil {
+		return nil, bad("vip", fmt.Errorf("IPv6 is not filtered on this node: %w", s.n.rules.IPv6()))
+	}
 	if b.IncludeAddresses, err = prefixes(m.IncludeAddresses); err != nil {
 		return nil, bad("include_addresses", err)
 	}
@@ -87,6 +86,29 @@ func (s service) Register(ctx context.Context, r *connect.Request[pb.RegisterReq
 		}
 	}
 	return s.change(ctx, m.App, b)
+}
+
+// vips reads one address, or one of each family.
+func vips(in []string) ([]netip.Addr, error) {
+	var out []netip.Addr
+	for _, v := range in {
+		a, err := netip.ParseAddr(v)
+		if err != nil {
+			return nil, err
+		}
+		if a = a.Unmap(); !unicast(a) {
+			return nil, fmt.Errorf("%s is not an address that a connection can have", v)
+		}
+		if slices.ContainsFunc(out, func(o netip.Addr) bool { return o.Is4() == a.Is4() }) {
+			return nil, fmt.Errorf("%s is a second address of its family; there can be one of each", v)
+		}
+		out = append(out, a)
+	}
+	return out, nil
+}
+
+func unicast(a netip.Addr) bool {
+	return a.IsValid() && a.Zone() == "" && !a.IsUnspecified() && !a.IsMulticast() && a != netip.AddrFrom4([4]byte{255, 255, 255, 255})
 }
 
 func prefixes(in []string) ([]netip.Prefix, error) {
@@ -109,7 +131,8 @@ func ports(in []uint32) ([]uint16, error) {
 		}
 		out = append(out, uint16(p))
 	}
-	return out, nil
+	slices.Sort(out)
+	return slices.Compact(out), nil
 }
 
 func (s service) Unregister(ctx context.Context, r *connect.Request[pb.UnregisterRequest]) (*connect.Response[pb.AppReply], error) {
@@ -134,6 +157,24 @@ func (s service) SnapshotStart(ctx context.Context, r *connect.Request[pb.Snapsh
 	return connect.NewResponse(&pb.LearnReply{App: m.App, State: res.State.String(), Learned: uint32(res.Learned), Unlearned: res.Notes}), nil
 }
 
+func (s service) Adopt(ctx context.Context, r *connect.Request[pb.AdoptRequest]) (*connect.Response[pb.AdoptReply], error) {
+	m := r.Msg
+	b := &filter.Adopt{App: m.App, At: m.ListedAtNs}
+	var err error
+	if b.Listen, err = ports(m.ListenPorts); err != nil {
+		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "ADOPT: listen_ports: "+err.Error())
+	}
+	if b.Sockets, err = sockets(m.Sockets); err != nil {
+		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "ADOPT: sockets: "+err.Error())
+	}
+	x, err := s.n.do(ctx, b)
+	if err != nil {
+		return nil, s.failure(m.App, err)
+	}
+	res := x.(*filter.Result)
+	return connect.NewResponse(&pb.AdoptReply{App: m.App, State: res.State.String(), Adopted: uint32(res.Adopted), Forgotten: uint32(res.Forgotten)}), nil
+}
+
 func sockets(in []*pb.Socket) ([]filter.Socket, error) {
 	out := make([]filter.Socket, 0, len(in))
 	for _, k := range in {
@@ -156,13 +197,28 @@ func sockets(in []*pb.Socket) ([]filter.Socket, error) {
 }
 
 func connID(local, remote string) (id filter.ConnID, err error) {
-	if id.Local, err = netip.ParseAddrPort(local); err != nil {
+	if id.Local, err = endpoint(local); err != nil {
 		return id, fmt.Errorf("local address %q: %w", local, err)
 	}
-	if id.Remote, err = netip.ParseAddrPort(remote); err != nil {
+	if id.Remote, err = endpoint(remote); err != nil {
 		return id, fmt.Errorf("remote address %q: %w", remote, err)
 	}
+	if id.Local.Addr().Is4() != id.Remote.Addr().Is4() {
+		return id, fmt.Errorf("%q and %q are not of one family", local, remote)
+	}
 	return id, nil
+}
+
+func endpoint(s string) (netip.AddrPort, error) {
+	p, err := netip.ParseAddrPort(s)
+	if err != nil {
+		return p, err
+	}
+	p = netip.AddrPortFrom(p.Addr().Unmap(), p.Port())
+	if !unicast(p.Addr()) || p.Port() == 0 {
+		return p, errors.New("no connection has it")
+	}
+	return p, nil
 }
 
 func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.SnapshotFreezeRequest]) (*connect.Response[pb.AppReply], error) {
@@ -272,9 +328,13 @@ func (s service) Status(ctx context.Context, r *connect.Request[pb.StatusRequest
 		return nil, s.failure(app, err)
 	}
 	cfg := s.n.cfg.Load()
-	out := &pb.StatusReply{Node: cfg.Node.Name, ConfigGeneration: cfg.Generation}
+	out := &pb.StatusReply{Node: cfg.Node.Name, ConfigGeneration: cfg.Generation, Instance: s.n.instance}
 	known := map[string]bool{}
-	for _, a := range x.([]filter.AppStatus) {
+	list := x.(*filter.StatusList)
+	for _, l := range list.Limits {
+		out.Limits = append(out.Limits, &pb.Limit{Name: l.Name, Used: l.Used, Max: l.Max, PerApp: l.PerApp})
+	}
+	for _, a := range list.Apps {
 		known[a.Name] = true
 		out.Apps = append(out.Apps, &pb.AppStatus{
 			Name: a.Name, Vips: a.VIPs, State: a.State.String(), SnapshotId: a.SnapshotID, RestoreRequested: a.RestoreRequested,

@@ -1,10 +1,15 @@
 package node
 
 import (
+	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/rules"
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
 )
 
@@ -20,7 +25,43 @@ func (n *Node) pin() (unpin func(), err error) {
 		n.pins--
 		n.engMu.Unlock()
 		n.disengage()
-	}, n.rules.Engage(true)
+	}, n.engage()
+}
+
+// engage writes the rules, with those for VIPs behind the node where there are
+// such. Where that cannot be told they are written.
+func (n *Node) engage() error {
+	behind, err := n.behind()
+	if err != nil {
+		n.log.Warn("rules for network namespaces behind the node are written, needed or not", "error", err)
+	}
+	return n.rules.Engage(true, behind || err != nil)
+}
+
+// behind tells whether a VIP is not the node's own address.
+func (n *Node) behind() (bool, error) {
+	vips, err := n.rules.List(rules.VIP)
+	if err != nil {
+		return false, err
+	}
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		return false, err
+	}
+	own := map[netip.Addr]bool{}
+	for _, a := range all {
+		if p, ok := a.(*net.IPNet); ok {
+			if ip, ok := netip.AddrFromSlice(p.IP); ok {
+				own[ip.Unmap()] = true
+			}
+		}
+	}
+	for _, c := range vips {
+		if !own[c.IP] {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // disengage takes the rules behind routing away when no VIP is active and no
@@ -31,7 +72,7 @@ func (n *Node) disengage() {
 	if n.pins > 0 || n.engaged.Load() > 0 {
 		return
 	}
-	if err := n.rules.Engage(false); err != nil {
+	if err := n.rules.Engage(false, false); err != nil {
 		n.log.Warn("the rules behind routing stay; bulk is a little slower", "error", err)
 	}
 }
@@ -75,4 +116,39 @@ func conntrackEntries(stat []byte) int64 {
 		return -1
 	}
 	return n
+}
+
+// applyAgain is the wait before set changes that failed are tried again.
+const applyAgain = 200 * time.Millisecond
+
+// apply makes the set changes in n.changes. Those that fail stay there: engine
+// and sets must not drift apart.
+func (n *Node) apply() error {
+	err := n.rules.Apply(n.changes)
+	if err != nil {
+		n.changes, n.failedAt = latest(n.changes), now()
+		n.log.Error("switching the packet rules failed; it is tried again", "changes", len(n.changes), "error", err)
+		return fmt.Errorf("switching the packet rules failed, it is tried again: %w", err)
+	}
+	n.changes = n.changes[:0]
+	return nil
+}
+
+// latest drops changes that later ones make void.
+func latest(changes []rules.Change) []rules.Change {
+	last := make(map[rules.Change]int, len(changes))
+	key := func(c rules.Change) rules.Change {
+		c.Add = false
+		return c
+	}
+	for i, c := range changes {
+		last[key(c)] = i
+	}
+	out := changes[:0]
+	for i, c := range changes {
+		if last[key(c)] == i {
+			out = append(out, c)
+		}
+	}
+	return out
 }

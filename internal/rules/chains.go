@@ -13,17 +13,28 @@ type chain struct {
 	table, hook, name string
 	why               string
 	edge, active      string // what leads to it: SYN, FIN and RST; everything of active VIPs
+	behind            int    // how many jumps of other chains of ours stand before its own
 	idle              bool   // nothing is active
 	rules             []rule
 }
 
-// jumps are the first rules of the hook, in order. Bulk of a node where nothing
-// is active meets the first one only.
+// jumps are rules of the hook, the first there behind those of other chains of
+// ours, in order. Bulk of a node where nothing is active meets one of them only.
 func (c *chain) jumps() []string {
-	if c.idle {
-		return []string{c.edge + "-j " + c.name}
+	if c == nil {
+		return nil
 	}
-	return []string{c.edge + "-j " + c.name, c.active + " -j " + c.name}
+	if c.idle {
+		return c.edges()
+	}
+	return append(c.edges(), c.active+" -j "+c.name)
+}
+
+func (c *chain) edges() []string {
+	if c.edge == "" { // called by another chain
+		return nil
+	}
+	return []string{c.edge + "-j " + c.name}
 }
 
 // chains returns the rules of one family. Their words are in the order in which iptables prints them, because
@@ -54,6 +65,17 @@ func chains(f *family, cfg Config) []chain {
 			fmt.Sprintf("-p %s %s %d %s %s", f.icmp, f.icmpOpt, t.num, set(Active, "dst"), bypass),
 			"ICMP errors: " + t.name})
 	}
+	in.rules = append(in.rules, rule{"-p tcp " + set(VIP, "src") + " -j " + ChainForward,
+		"from an application in a network namespace behind the node"})
+	forward := chain{table: "raw", hook: "PREROUTING", name: ChainForward,
+		why:    "local to remote, from a network namespace behind the node, before connection tracking",
+		active: set(Active, "src"), behind: len(in.jumps()), idle: cfg.idle || cfg.near, rules: []rule{
+			{"-m rpfilter --invert -j DROP", "it did not come from where the VIP is: a forged address"},
+			{"-m addrtype --dst-type LOCAL -j RETURN", "the node itself may always talk to the VIP"},
+			{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
+			{"-p tcp " + set(Away, "src") + " " + q, "application away: sealed or held, dropped without a filter"},
+			{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
+		}}
 	out := chain{table: "raw", hook: "OUTPUT", name: ChainOut, why: "local to remote, before connection tracking",
 		edge: edge, active: set(Active, "src"), idle: cfg.idle, rules: []rule{
 			noTrack, ours,
@@ -72,7 +94,7 @@ func chains(f *family, cfg Config) []chain {
 			{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
 		}}
 	if cfg.idle {
-		return []chain{in, out}
+		return []chain{in, forward, out}
 	}
-	return []chain{in, out, post}
+	return []chain{in, forward, out, post}
 }

@@ -2,6 +2,7 @@ package rules
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -10,64 +11,86 @@ import (
 // and the chain behind routing (NFCF-POST), or takes them away. They are needed
 // while something is away or translated. Without them bulk passes one hook less
 // on its way out and meets one rule in each that is left, which is what a hook
-// costs even when it lets everything pass. Install leaves them in place. A
-// chain POSTROUTING that nobody uses is removed too (iptables-nft). Nothing to
-// do is no error and starts no process.
-func (m *Manager) Engage(on bool) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if on == !m.cfg.idle {
+// costs even when it lets everything pass. behind tells whether a VIP is in a
+// network namespace behind the node: without it bulk is spared the look-up by
+// its source; once written, that one stays while anything is active. Install
+// leaves everything in place. A chain POSTROUTING that nobody uses is removed
+// too (iptables-nft). Nothing to do is no error and starts no process.
+func (m *Manager) Engage(on, behind bool) error {
+	m.iptables.Lock()
+	defer m.iptables.Unlock()
+	to := m.cfg
+	to.idle = !on
+	to.near = on && !behind && (m.cfg.idle || m.cfg.near)
+	if to == m.cfg {
 		return nil
 	}
 	return m.ns.do(func() error {
 		for _, f := range m.active() {
-			if err := engage(f, m.cfg, on); err != nil {
+			if err := engage(f, m.cfg, to); err != nil {
 				return err
 			}
 		}
-		m.cfg.idle = !on
+		m.cfg = to
 		return nil
 	})
 }
 
-func engage(f *family, cfg Config, on bool) error {
-	cfg.idle = false
+// engage writes what differs between the rules of two configurations that both
+// are ours but for what Engage switches.
+func engage(f *family, from, to Config) error {
+	full := to
+	full.idle, full.near = false, false
+	old, now := chains(f, from), chains(f, to)
 	text := map[string]string{} // of each table
-	all := chains(f, cfg)
-	for i := range all {
-		c := &all[i]
-		post := c.name == ChainPost
+	for _, c := range chains(f, full) {
+		have, want := find(old, c.name), find(now, c.name)
 		var b strings.Builder
-		switch {
-		case on && post:
+		if have == nil && want != nil {
 			for _, r := range c.rules {
 				fmt.Fprintf(&b, "-A %s %s\n", c.name, r.spec)
 			}
-			for i, j := range c.jumps() {
-				fmt.Fprintf(&b, "-I %s %d %s\n", c.hook, i+1, j)
-			}
-		case on:
-			fmt.Fprintf(&b, "-I %s 2 %s\n", c.hook, c.jumps()[1])
-		case post:
-			for _, j := range c.jumps() {
+		}
+		for _, j := range have.jumps() {
+			if !slices.Contains(want.jumps(), j) {
 				fmt.Fprintf(&b, "-D %s %s\n", c.hook, j)
 			}
-			fmt.Fprintf(&b, "-X %s\n", c.name)
-		default:
-			fmt.Fprintf(&b, "-D %s %s\n", c.hook, c.jumps()[1])
 		}
-		if post {
+		for i, j := range want.jumps() {
+			if !slices.Contains(have.jumps(), j) {
+				fmt.Fprintf(&b, "-I %s %d %s\n", c.hook, c.behind+i+1, j)
+			}
+		}
+		if have != nil && want == nil {
+			fmt.Fprintf(&b, "-X %s\n", c.name)
+		}
+		if (have == nil) != (want == nil) {
 			text[c.table] = fmt.Sprintf(":%s - [0:0]\n", c.name) + text[c.table]
 		}
 		text[c.table] += b.String()
 	}
-	batch := "*raw\n" + text["raw"] + "COMMIT\n*mangle\n" + text["mangle"] + "COMMIT\n"
-	if _, err := runTool(cfg, batch, f.iptables+"-restore", "-w", lockWait, "--noflush"); err != nil {
+	batch := ""
+	for _, table := range []string{"raw", "mangle"} {
+		if text[table] != "" {
+			batch += "*" + table + "\n" + text[table] + "COMMIT\n"
+		}
+	}
+	if _, err := runTool(to, batch, f.iptables+"-restore", "-w", lockWait, "--noflush"); err != nil {
 		return err
 	}
-	if !on {
+	if to.idle {
 		// Fails where others have rules in it, and with iptables-legacy: then it stays.
-		_, _ = runTool(cfg, "", f.iptables, "-w", lockWait, "-t", "mangle", "-X", "POSTROUTING")
+		_, _ = runTool(to, "", f.iptables, "-w", lockWait, "-t", "mangle", "-X", "POSTROUTING")
+	}
+	return nil
+}
+
+// find returns the chain of that name, nil where there is none.
+func find(list []chain, name string) *chain {
+	for i := range list {
+		if list[i].name == name {
+			return &list[i]
+		}
 	}
 	return nil
 }

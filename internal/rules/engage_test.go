@@ -20,7 +20,7 @@ func TestEngage(t *testing.T) {
 		t.Fatalf("no %s after Install:\n%s", ChainPost, before)
 	}
 	for range 2 { // a second time changes nothing
-		must(t, m.Engage(false))
+		must(t, m.Engage(false, false))
 	}
 	if now := save(); strings.Contains(now, ChainPost) {
 		t.Fatalf("%s is still there:\n%s", ChainPost, now)
@@ -35,7 +35,7 @@ func TestEngage(t *testing.T) {
 		t.Fatalf("without the chain: %v %v", lines, err)
 	}
 	for range 2 {
-		must(t, m.Engage(true))
+		must(t, m.Engage(true, true))
 	}
 	if now := save(); now != before {
 		t.Fatalf("came back as\n%s\nwas\n%s", now, before)
@@ -43,9 +43,27 @@ func TestEngage(t *testing.T) {
 	if lines, err := m.Verify(); err != nil || len(lines) != 0 {
 		t.Fatalf("with the chain: %v %v", lines, err)
 	}
+	// Without a VIP behind the node one jump less, until there is one.
+	must(t, m.Engage(false, false))
+	for range 2 {
+		must(t, m.Engage(true, false))
+	}
+	const forward = "-A PREROUTING -m set --match-set nfcf4-active src -j NFCF-FWD\n"
+	if now := save(); now != strings.Replace(before, forward, "", 1) || now == before {
+		t.Fatalf("without a VIP behind the node\n%s\nwith one\n%s", now, before)
+	}
+	for _, behind := range []bool{true, false} { // what is there stays
+		if lines, err := m.Verify(); err != nil || len(lines) != 0 {
+			t.Fatalf("%v %v", lines, err)
+		}
+		must(t, m.Engage(true, behind))
+		if now := save(); now != before {
+			t.Fatalf("became\n%s\nwas\n%s", now, before)
+		}
+	}
 	// Another's rule in POSTROUTING is not touched.
 	sh(t, ns, "iptables -t mangle -A POSTROUTING -p udp -j RETURN")
-	must(t, m.Engage(false))
+	must(t, m.Engage(false, false))
 	if now := save(); !strings.Contains(now, "-A POSTROUTING -p udp -j RETURN") || strings.Contains(now, ChainPost) {
 		t.Fatalf("beside another's rule:\n%s", now)
 	}

@@ -50,7 +50,7 @@ func runTool(cfg Config, input, name string, args ...string) (string, error) {
 	}
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
-	if err := cmd.Run(); err != nil {
+	if err := children.run(cmd); err != nil {
 		return "", explain(name, args, input, errOut.String(), err)
 	}
 	return out.String(), nil
@@ -73,6 +73,8 @@ var features = []struct{ word, feature string }{
 	{"-j NFQUEUE", "the NFQUEUE target (CONFIG_NETFILTER_XT_TARGET_NFQUEUE)"},
 	{"-j CT", "the CT target (CONFIG_NETFILTER_XT_TARGET_CT)"},
 	{"-m set", "the set match (CONFIG_NETFILTER_XT_SET)"},
+	{"-m rpfilter", "the reverse path match (CONFIG_IP_NF_MATCH_RPFILTER, CONFIG_IP6_NF_MATCH_RPFILTER)"},
+	{"-m addrtype", "the address type match (CONFIG_NETFILTER_XT_MATCH_ADDRTYPE)"},
 	{"-m mark", "the mark match (CONFIG_NETFILTER_XT_MARK)"},
 	{"*raw", "the raw table (CONFIG_IP_NF_RAW, CONFIG_IP6_NF_RAW)"},
 	{"*mangle", "the mangle table (CONFIG_IP_NF_MANGLE, CONFIG_IP6_NF_MANGLE)"},
@@ -163,7 +165,7 @@ func (t tableRules) has(name string, want []string) bool {
 }
 
 // jumps finds the rules of a hook that lead to c, in any words, and tells
-// whether they are ours and the first.
+// whether they are ours and in their place.
 func (t tableRules) jumps(c *chain) (have []string, right bool) {
 	for _, spec := range t[c.hook] {
 		if strings.HasSuffix(" "+spec, " -j "+c.name) {
@@ -171,7 +173,8 @@ func (t tableRules) jumps(c *chain) (have []string, right bool) {
 		}
 	}
 	want := c.jumps()
-	right = len(have) == len(want) && len(t[c.hook]) >= len(want) && slices.Equal(t[c.hook][:len(want)], want)
+	end := c.behind + len(want)
+	right = len(have) == len(want) && (len(want) == 0 || len(t[c.hook]) >= end && slices.Equal(t[c.hook][c.behind:end], want))
 	return have, right
 }
 
@@ -240,7 +243,7 @@ func restoreInput(table string, all []chain, have tableRules) string {
 				fmt.Fprintf(&body, "-D %s %s\n", c.hook, spec)
 			}
 			for i, spec := range c.jumps() {
-				fmt.Fprintf(&body, "-I %s %d %s\n", c.hook, i+1, spec)
+				fmt.Fprintf(&body, "-I %s %d %s\n", c.hook, c.behind+i+1, spec)
 			}
 		}
 	}

@@ -97,8 +97,13 @@ func state(t *testing.T, ns string) string {
 // hits returns the packet count of the one rule of an IPv4 chain that holds all words.
 func hits(t *testing.T, ns, table, chain string, words ...string) int {
 	t.Helper()
+	return hitsOf(t, &family4, ns, table, chain, words...)
+}
+
+func hitsOf(t *testing.T, f *family, ns, table, chain string, words ...string) int {
+	t.Helper()
 	found, count := 0, 0
-	for line := range strings.Lines(sh(t, ns, "iptables -t "+table+" -v -S "+chain)) {
+	for line := range strings.Lines(sh(t, ns, f.iptables+" -t "+table+" -v -S "+chain)) {
 		ok := strings.HasPrefix(line, "-A")
 		for _, w := range words {
 			ok = ok && strings.Contains(line, w)

@@ -23,8 +23,14 @@ func Print(w io.Writer, cfg Config) error {
 			fmt.Fprintf(&b, "%s -t raw -S >/dev/null 2>&1 || exit 0   # no IPv6 here\n", f.iptables)
 		}
 		printSets(&b, f, cfg)
-		for _, c := range chains(f, cfg) {
-			printChain(&b, f, &c)
+		all := chains(f, cfg)
+		b.WriteString("\n")
+		for i := range all {
+			cmd := f.iptables + " -w -t " + all[i].table
+			fmt.Fprintf(&b, "%s -N %s 2>/dev/null || %s -F %s\n", cmd, all[i].name, cmd, all[i].name)
+		}
+		for i := range all {
+			printChain(&b, f, &all[i])
 		}
 	}
 	_, err := io.WriteString(w, b.String())
@@ -54,12 +60,11 @@ func printSets(b *strings.Builder, f *family, cfg Config) {
 func printChain(b *strings.Builder, f *family, c *chain) {
 	cmd := f.iptables + " -w -t " + c.table
 	fmt.Fprintf(b, "\n# %s: %s\n", c.name, c.why)
-	fmt.Fprintf(b, "%s -N %s 2>/dev/null || %s -F %s\n", cmd, c.name, cmd, c.name)
 	for _, r := range c.rules {
 		fmt.Fprintf(b, "# %s\n%s -A %s %s\n", r.why, cmd, c.name, r.spec)
 	}
 	fmt.Fprintf(b, "# first in %s\n", c.hook)
 	for i, j := range c.jumps() {
-		fmt.Fprintf(b, "while %s -D %s %s 2>/dev/null; do :; done\n%s -I %s %d %s\n", cmd, c.hook, j, cmd, c.hook, i+1, j)
+		fmt.Fprintf(b, "while %s -D %s %s 2>/dev/null; do :; done\n%s -I %s %d %s\n", cmd, c.hook, j, cmd, c.hook, c.behind+i+1, j)
 	}
 }

@@ -2,6 +2,7 @@ package rules
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -78,7 +79,7 @@ func TestInstallReplacesOtherConfig(t *testing.T) {
 		t.Errorf("a temporary set is left:\n%s", got)
 	}
 	pre := sh(t, ns, "iptables -t raw -S PREROUTING; iptables -t raw -S OUTPUT")
-	if !strings.Contains(pre, " dst -j NFCF-IN\n-A PREROUTING -p udp -j ACCEPT\n") || strings.Count(pre, "NFCF-OUT") != 2 {
+	if !strings.Contains(pre, " src -j NFCF-FWD\n-A PREROUTING -p udp -j ACCEPT\n") || strings.Count(pre, "NFCF-OUT") != 2 {
 		t.Errorf("the jumps are not right:\n%s", pre)
 	}
 }
@@ -87,6 +88,7 @@ func TestVerifyAndRepair(t *testing.T) {
 	for _, c := range []struct{ name, harm, want string }{
 		{"flush raw", "iptables -t raw -F", "chain NFCF-IN in table raw was changed"},
 		{"flush jumps", "iptables -t raw -F PREROUTING", "jump to NFCF-IN"},
+		{"flush forwarded", "iptables -t raw -F NFCF-FWD", "chain NFCF-FWD in table raw was changed"},
 		{"flush mangle", "iptables -t mangle -F; iptables -t mangle -X", "chain NFCF-POST in table mangle is missing"},
 		{"flush IPv6", "ip6tables -t raw -F", "IPv6: chain NFCF-IN"},
 		{"rule altered", "iptables -t raw -R NFCF-IN 5 -j ACCEPT", "NFCF-IN in table raw was changed"},
@@ -103,6 +105,9 @@ func TestVerifyAndRepair(t *testing.T) {
 			lines, err := m.Verify()
 			if err != nil || !strings.Contains(strings.Join(lines, "\n"), c.want) {
 				t.Errorf("got %q, %v; want %q", lines, err, c.want)
+			}
+			if found, err := m.Repair(); err != nil || strings.Join(found, "") != strings.Join(lines, "") {
+				t.Errorf("repaired: %q, %v; want %q", found, err, lines)
 			}
 			m2 := install(t, ns, Config{Queue: 64})
 			if lines, err := m2.Verify(); err != nil || len(lines) > 0 {
@@ -456,4 +461,66 @@ func TestOrdinaryUser(t *testing.T) {
 			t.Errorf("the lock is elsewhere: %v", err)
 		}
 	})
+}
+
+// A change by others is told at once, one of our own leads to no look that
+// others wait for.
+func TestWatch(t *testing.T) {
+	ns := newNS(t)
+	m := install(t, ns, Config{Queue: 64})
+	ctx, cancel := context.WithCancel(t.Context())
+	looks := make(chan time.Time, 100)
+	ended := make(chan error, 1)
+	go func() {
+		ended <- m.Watch(ctx, func() time.Duration { return time.Hour }, func() bool {
+			found, err := m.Repair()
+			if err != nil {
+				t.Error(err)
+			}
+			looks <- time.Now()
+			return len(found) > 0
+		})
+	}()
+	// Watch may not listen yet when the first change is made.
+	deadline := time.After(20 * time.Second)
+	for heard := false; !heard; {
+		sh(t, ns, "iptables -t raw -F NFCF-IN")
+		select {
+		case <-looks:
+			heard = true
+		case <-time.After(100 * time.Millisecond):
+		case <-deadline:
+			t.Fatal("a flush was not told")
+		}
+	}
+	for settled := false; !settled; { // looks that what came meanwhile leads to
+		select {
+		case <-looks:
+		case <-time.After(2*watchBetween + 200*time.Millisecond):
+			settled = true
+		}
+	}
+	for _, on := range []bool{false, true, false} {
+		must(t, m.Engage(on, on))
+	}
+	select {
+	case <-looks:
+		t.Error("a change of our own was taken for one by others")
+	case <-time.After(2*watchBetween + 200*time.Millisecond):
+	}
+	began := time.Now()
+	sh(t, ns, "iptables -t raw -F")
+	select {
+	case at := <-looks:
+		t.Logf("repaired %v after the flush", at.Sub(began))
+	case <-deadline:
+		t.Fatal("a second flush was not told")
+	}
+	if lines, err := m.Verify(); err != nil || len(lines) > 0 {
+		t.Errorf("not repaired: %q, %v", lines, err)
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
 }

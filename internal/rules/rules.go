@@ -17,9 +17,13 @@
 // "With bypass" means that packets pass when no process listens on the queue; without it they are dropped.
 // Rules without bypass stand before those with it, so that a held or translated flow never bypasses.
 //
-// Three chains hold the rules: NFCF-IN (called from raw PREROUTING), NFCF-OUT (raw OUTPUT) and NFCF-POST
-// (mangle POSTROUTING). raw comes before connection tracking and mangle POSTROUTING after it, so that
-// conntrack sees local numbers only and never a segment of a dying socket.
+// Four chains hold the rules: NFCF-IN (called from raw PREROUTING), NFCF-OUT (raw OUTPUT), NFCF-FWD (raw
+// PREROUTING too) and NFCF-POST (mangle POSTROUTING). raw comes before connection tracking and mangle POSTROUTING
+// after it, so that conntrack sees local numbers only and never a segment of a dying socket.
+//
+// NFCF-FWD does what NFCF-OUT does for applications in a network namespace behind the node: what these send
+// comes in like packets of the network. It is theirs when it came by the device to which the node routes the
+// VIP (match rpfilter); other packets with a VIP as their source are forged, and dropped.
 //
 // Fragments: only the first fragment holds ports, so later ones match neither skip nor flow; they match the
 // sets that hold an address alone (away, full) and are queued as fragments, unless the kernel reassembles
@@ -35,9 +39,10 @@ import (
 
 // Chain names. Everything in these chains belongs to the filter.
 const (
-	ChainIn   = "NFCF-IN"   // called from raw PREROUTING
-	ChainOut  = "NFCF-OUT"  // called from raw OUTPUT
-	ChainPost = "NFCF-POST" // called from mangle POSTROUTING
+	ChainIn      = "NFCF-IN"   // called from raw PREROUTING
+	ChainForward = "NFCF-FWD"  // called from NFCF-IN and raw PREROUTING
+	ChainOut     = "NFCF-OUT"  // called from raw OUTPUT
+	ChainPost    = "NFCF-POST" // called from mangle POSTROUTING
 )
 
 // Low bits that are or-ed into Config.Mark to say what an injected packet is.
@@ -67,7 +72,9 @@ type Config struct {
 	// process that is not root. The nftables variant of iptables needs no lock.
 	LockDir string
 
-	idle bool // without the chain behind routing, see Manager.Engage
+	// See Manager.Engage.
+	idle bool // without the chain behind routing and the jumps for active VIPs
+	near bool // without the jump for those of them that are behind the node
 }
 
 func (c Config) withDefaults() Config {
@@ -224,7 +231,9 @@ func (f *family) name() string {
 // Manager switches the sets and looks after the rules that Install wrote. Its methods may be called from any
 // goroutine; they work in the network namespace in which Install was called.
 type Manager struct {
-	mu   sync.Mutex
+	iptables sync.Mutex // one change of the rules at a time; before mu
+
+	mu   sync.Mutex // the sets' socket: packets wait for it
 	cfg  Config
 	ns   *netns
 	sets *setConn
@@ -260,12 +269,21 @@ func Install(cfg Config) (*Manager, error) {
 }
 
 func (m *Manager) install(f *family) error {
+	if err := m.ensureSets(f); err != nil {
+		return err
+	}
+	return installRules(f, m.cfg, m.want)
+}
+
+func (m *Manager) ensureSets(f *family) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	for _, s := range AllSets() {
 		if err := m.sets.ensure(f, s, m.cfg); err != nil {
 			return err
 		}
 	}
-	return installRules(f, m.cfg, m.want)
+	return nil
 }
 
 // IPv6 returns nil when IPv6 is filtered too, otherwise why it is not.
@@ -339,6 +357,26 @@ func (m *Manager) active() []*family {
 // in the first place of its hook; none means that all is as Install left it. Install repairs what it reports.
 // The contents of the sets are not looked at: a set that somebody emptied shows in List.
 func (m *Manager) Verify() ([]string, error) {
+	m.iptables.Lock()
+	defer m.iptables.Unlock()
+	out, err := m.verifySets()
+	if err != nil {
+		return nil, err
+	}
+	err = m.ns.do(func() error {
+		for _, f := range m.active() {
+			lines, err := verifyRules(f, m.cfg, m.want)
+			if err != nil {
+				return err
+			}
+			out = append(out, lines...)
+		}
+		return nil
+	})
+	return out, err
+}
+
+func (m *Manager) verifySets() ([]string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var out []string
@@ -353,22 +391,14 @@ func (m *Manager) Verify() ([]string, error) {
 			}
 		}
 	}
-	err := m.ns.do(func() error {
-		for _, f := range m.active() {
-			lines, err := verifyRules(f, m.cfg, m.want)
-			if err != nil {
-				return err
-			}
-			out = append(out, lines...)
-		}
-		return nil
-	})
-	return out, err
+	return out, nil
 }
 
 // Close gives back the manager's sockets. Rules and sets stay, so that an application that is away keeps
 // being held while the filter is restarted; Purge removes them.
 func (m *Manager) Close() error {
+	m.iptables.Lock()
+	defer m.iptables.Unlock()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return errors.Join(m.sets.close(), m.ns.close())

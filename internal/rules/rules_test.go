@@ -129,8 +129,8 @@ func TestNoBypassComesFirst(t *testing.T) {
 func TestRestoreInput(t *testing.T) {
 	all := chains(&family4, Config{}.withDefaults())
 	in := &all[0]
-	toIn, toOut := in.jumps(), all[1].jumps()
-	full := tableRules{"PREROUTING": toIn, "OUTPUT": toOut, ChainIn: specs(in), ChainOut: specs(&all[1])}
+	toIn, toForward, toOut := in.jumps(), all[1].jumps(), all[2].jumps()
+	full := tableRules{"PREROUTING": slices.Concat(toIn, toForward), "OUTPUT": toOut, ChainIn: specs(in), ChainForward: specs(&all[1]), ChainOut: specs(&all[2])}
 	clone := func(change func(tableRules)) tableRules {
 		c := tableRules{}
 		for k, v := range full {
@@ -146,11 +146,14 @@ func TestRestoreInput(t *testing.T) {
 		not  []string
 	}{
 		{"all there", full, nil, []string{"*raw"}},
-		{"empty table", tableRules{}, []string{":NFCF-IN", ":NFCF-OUT", "-I PREROUTING 1", "-I OUTPUT 1", "COMMIT"}, []string{"-D ", "NFCF-POST"}},
-		{"not first", clone(func(r tableRules) { r["PREROUTING"] = append([]string{"-j ACCEPT"}, toIn...) }),
-			[]string{"-D PREROUTING " + toIn[0] + "\n-D PREROUTING " + toIn[1] + "\n-I PREROUTING 1 " + toIn[0] + "\n-I PREROUTING 2 " + toIn[1]}, []string{":NFCF", "OUTPUT"}},
+		{"empty table", tableRules{}, []string{":NFCF-IN", ":NFCF-OUT", "-I PREROUTING 1", "-I PREROUTING 3 " + toForward[0], "-I OUTPUT 1", "COMMIT"}, []string{"-D ", "NFCF-POST"}},
+		{"not first", clone(func(r tableRules) { r["PREROUTING"] = slices.Concat([]string{"-j ACCEPT"}, toIn, toForward) }),
+			[]string{"-D PREROUTING " + toIn[0] + "\n-D PREROUTING " + toIn[1] + "\n-I PREROUTING 1 " + toIn[0] + "\n-I PREROUTING 2 " + toIn[1],
+				"-D PREROUTING " + toForward[0] + "\n-I PREROUTING 3 " + toForward[0]}, []string{":NFCF", "OUTPUT"}},
 		{"other words", clone(func(r tableRules) { r["PREROUTING"] = []string{"-j NFCF-IN"} }),
 			[]string{"-D PREROUTING -j NFCF-IN\n-I PREROUTING 1 " + toIn[0]}, []string{":NFCF", "OUTPUT"}},
+		{"the third alone", clone(func(r tableRules) { r["PREROUTING"] = slices.Concat(toIn, []string{"-j ACCEPT"}, toForward) }),
+			[]string{"*raw\n-D PREROUTING " + toForward[0] + "\n-I PREROUTING 3 " + toForward[0] + "\nCOMMIT"}, []string{":NFCF", "OUTPUT"}},
 		{"twice", clone(func(r tableRules) { r["OUTPUT"] = append(r["OUTPUT"], toOut[1]) }),
 			[]string{"-D OUTPUT " + toOut[1] + "\n-D OUTPUT " + toOut[1] + "\n-I OUTPUT 1"}, []string{":NFCF"}},
 		{"changed", clone(func(r tableRules) { r[ChainIn][4] = "-j ACCEPT" }), []string{":NFCF-IN", "-A NFCF-IN -i lo"}, []string{"-I ", "NFCF-OUT"}},

@@ -113,14 +113,14 @@ func TestConnectedQueuesOnlyEdges(t *testing.T) {
 	c := l.dial(t, l.remote, vipPort())
 	must(t, talk(c, 1000, patience))
 	c.Close()
-	if n := hits(t, l.node, "raw", ChainIn, "nfcf4-vip"); n != 0 {
+	if n := hits(t, l.node, "raw", ChainIn, "nfcf4-vip dst"); n != 0 {
 		t.Errorf("%d packets were queued with empty sets", n)
 	}
 
 	must(t, l.m.Apply(change(VIP, true)))
 	c = l.dial(t, l.remote, vipPort())
 	must(t, talk(c, 8<<20, patience))
-	in, post := hits(t, l.node, "raw", ChainIn, "nfcf4-vip"), hits(t, l.node, "mangle", ChainPost, "nfcf4-vip")
+	in, post := hits(t, l.node, "raw", ChainIn, "nfcf4-vip dst"), hits(t, l.node, "mangle", ChainPost, "nfcf4-vip")
 	// The first connection's server end was still open; its FIN may count.
 	if in < 1 || in > 2 || post < 1 || post > 2 {
 		t.Errorf("8 MiB took %d packets in and %d out to the queue, want the SYN and the SYN-ACK alone", in, post)

@@ -19,6 +19,7 @@ const (
 const (
 	RequestRegister       = "REGISTER"
 	RequestUnregister     = "UNREGISTER"
+	RequestAdopt          = "ADOPT"
 	RequestSnapshotStart  = "SNAPSHOTSTART"
 	RequestSnapshotFreeze = "SNAPSHOTFREEZE"
 	RequestSeal           = "SEAL"
@@ -66,7 +67,7 @@ var states = []string{
 }
 
 var requests = []string{
-	RequestRegister, RequestUnregister, RequestSnapshotStart, RequestSnapshotFreeze,
+	RequestRegister, RequestUnregister, RequestAdopt, RequestSnapshotStart, RequestSnapshotFreeze,
 	RequestSeal, RequestSnapshotDone, RequestSnapshotAbort, RequestRestoreStart,
 	RequestRestoreConn, RequestRestored, RequestRestoreAbort, RequestGetConnCount,
 	RequestGetConnInfo,

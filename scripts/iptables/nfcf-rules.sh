@@ -17,6 +17,8 @@
 #   skip  VIP,tcp:port that is never captured
 #   flow  remote,tcp:port,VIP of connections whose numbers are translated; dropped without a filter
 # --queue-bypass lets packets pass while no filter runs. The rules without it stand first.
+# NFCF-FWD is for applications in a network namespace behind the node: what they send comes in by the device to
+# which the node routes their VIP. What has a VIP as its source and comes in elsewhere is forged, and dropped.
 set -eu
 
 queue=64
@@ -70,6 +72,12 @@ jumps() {
 	echo "-I $3 2 -m set --match-set $5 $6 -j $4"
 }
 
+# forward IPTABLES PREFIX: everything that active VIPs behind the node send, third in PREROUTING.
+forward() {
+	$1 -w -t raw -S PREROUTING | sed -n "s/^-A \(PREROUTING\( .*\)* -j NFCF-FWD\)\$/-D \1/p"
+	echo "-I PREROUTING 3 -m set --match-set $2active src -j NFCF-FWD"
+}
+
 # sets PREFIX FAMILY
 sets() {
 	ipset create -exist "$1vip" hash:ip family "$2" maxelem 65536
@@ -97,6 +105,7 @@ rules() {
 	"$1-restore" -w --noflush <<-EOF
 		*raw
 		:NFCF-IN - [0:0]
+		:NFCF-FWD - [0:0]
 		:NFCF-OUT - [0:0]
 		# the filter's own packets
 		-A NFCF-IN -m mark --mark $notrack -j CT --notrack
@@ -111,6 +120,13 @@ rules() {
 		-A NFCF-IN -p tcp -m set --match-set $2full dst -j NFQUEUE --queue-num $queue --queue-bypass
 		-A NFCF-IN -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip dst -j NFQUEUE --queue-num $queue --queue-bypass
 		$(icmp_errors "$1" "$2")
+		# what a namespace behind the node sends
+		-A NFCF-IN -p tcp -m set --match-set $2vip src -j NFCF-FWD
+		-A NFCF-FWD -m rpfilter --invert -j DROP
+		-A NFCF-FWD -m addrtype --dst-type LOCAL -j RETURN
+		-A NFCF-FWD -m set --match-set $2skip src,src -j RETURN
+		-A NFCF-FWD -p tcp -m set --match-set $2away src -j NFQUEUE --queue-num $queue
+		-A NFCF-FWD -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip src -j NFQUEUE --queue-num $queue --queue-bypass
 		-A NFCF-OUT -m mark --mark $notrack -j CT --notrack
 		-A NFCF-OUT -m mark --mark $mark/$mask -j RETURN
 		-A NFCF-OUT -o lo -j RETURN
@@ -118,12 +134,13 @@ rules() {
 		-A NFCF-OUT -p tcp -m set --match-set $2away src -j NFQUEUE --queue-num $queue
 		-A NFCF-OUT -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip src -j NFQUEUE --queue-num $queue --queue-bypass
 		$(jumps "$1" raw PREROUTING NFCF-IN "$2active" dst)
+		$(forward "$1" "$2")
 		$(jumps "$1" raw OUTPUT NFCF-OUT "$2active" src)
 		COMMIT
 	EOF
 	# After connection tracking, which so sees local numbers only: what goes to the remote. The filter has
-	# this chain, and the second jump to the others, only while something is away or translated: bulk is faster
-	# without them.
+	# this chain, and the second jump to the others, only while something is away or translated, and the jump to
+	# NFCF-FWD only if a VIP is not the node's own address: bulk is faster without them.
 	"$1-restore" -w --noflush <<-EOF
 		*mangle
 		:NFCF-POST - [0:0]
@@ -153,6 +170,7 @@ unhook() {
 # remove IPTABLES PREFIX
 remove() {
 	unhook "$1" raw PREROUTING NFCF-IN
+	unhook "$1" raw PREROUTING NFCF-FWD
 	unhook "$1" raw OUTPUT NFCF-OUT
 	unhook "$1" mangle POSTROUTING NFCF-POST
 	for s in vip full away active skip flow; do

@@ -618,6 +618,145 @@ func (x *Socket) GetRcvSpace() uint32 {
 	return 0
 }
 
+type AdoptRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	App   string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	// All of the application's sockets, those in TIME_WAIT too.
+	Sockets     []*Socket `protobuf:"bytes,2,rep,name=sockets,proto3" json:"sockets,omitempty"`
+	ListenPorts []uint32  `protobuf:"varint,3,rep,packed,name=listen_ports,json=listenPorts,proto3" json:"listen_ports,omitempty"`
+	// CLOCK_BOOTTIME just before they were listed, ns. What is younger is not
+	// missed in the list.
+	ListedAtNs    int64 `protobuf:"varint,4,opt,name=listed_at_ns,json=listedAtNs,proto3" json:"listed_at_ns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdoptRequest) Reset() {
+	*x = AdoptRequest{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdoptRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdoptRequest) ProtoMessage() {}
+
+func (x *AdoptRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdoptRequest.ProtoReflect.Descriptor instead.
+func (*AdoptRequest) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *AdoptRequest) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *AdoptRequest) GetSockets() []*Socket {
+	if x != nil {
+		return x.Sockets
+	}
+	return nil
+}
+
+func (x *AdoptRequest) GetListenPorts() []uint32 {
+	if x != nil {
+		return x.ListenPorts
+	}
+	return nil
+}
+
+func (x *AdoptRequest) GetListedAtNs() int64 {
+	if x != nil {
+		return x.ListedAtNs
+	}
+	return 0
+}
+
+type AdoptReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	Adopted       uint32                 `protobuf:"varint,3,opt,name=adopted,proto3" json:"adopted,omitempty"`
+	Forgotten     uint32                 `protobuf:"varint,4,opt,name=forgotten,proto3" json:"forgotten,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdoptReply) Reset() {
+	*x = AdoptReply{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdoptReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdoptReply) ProtoMessage() {}
+
+func (x *AdoptReply) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdoptReply.ProtoReflect.Descriptor instead.
+func (*AdoptReply) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *AdoptReply) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *AdoptReply) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *AdoptReply) GetAdopted() uint32 {
+	if x != nil {
+		return x.Adopted
+	}
+	return 0
+}
+
+func (x *AdoptReply) GetForgotten() uint32 {
+	if x != nil {
+		return x.Forgotten
+	}
+	return 0
+}
+
 type SnapshotStartRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	App         string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
@@ -633,7 +772,7 @@ type SnapshotStartRequest struct {
 
 func (x *SnapshotStartRequest) Reset() {
 	*x = SnapshotStartRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[7]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -645,7 +784,7 @@ func (x *SnapshotStartRequest) String() string {
 func (*SnapshotStartRequest) ProtoMessage() {}
 
 func (x *SnapshotStartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[7]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -658,7 +797,7 @@ func (x *SnapshotStartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotStartRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotStartRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{7}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SnapshotStartRequest) GetApp() string {
@@ -708,7 +847,7 @@ type LearnReply struct {
 
 func (x *LearnReply) Reset() {
 	*x = LearnReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[8]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -720,7 +859,7 @@ func (x *LearnReply) String() string {
 func (*LearnReply) ProtoMessage() {}
 
 func (x *LearnReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[8]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -733,7 +872,7 @@ func (x *LearnReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReply.ProtoReflect.Descriptor instead.
 func (*LearnReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{8}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LearnReply) GetApp() string {
@@ -780,7 +919,7 @@ type SnapshotFreezeRequest struct {
 
 func (x *SnapshotFreezeRequest) Reset() {
 	*x = SnapshotFreezeRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[9]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +931,7 @@ func (x *SnapshotFreezeRequest) String() string {
 func (*SnapshotFreezeRequest) ProtoMessage() {}
 
 func (x *SnapshotFreezeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[9]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +944,7 @@ func (x *SnapshotFreezeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFreezeRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotFreezeRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{9}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SnapshotFreezeRequest) GetApp() string {
@@ -845,7 +984,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[10]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +996,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[10]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +1009,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{10}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SealRequest) GetApp() string {
@@ -891,7 +1030,7 @@ type SnapshotDoneRequest struct {
 
 func (x *SnapshotDoneRequest) Reset() {
 	*x = SnapshotDoneRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[11]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -903,7 +1042,7 @@ func (x *SnapshotDoneRequest) String() string {
 func (*SnapshotDoneRequest) ProtoMessage() {}
 
 func (x *SnapshotDoneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[11]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -916,7 +1055,7 @@ func (x *SnapshotDoneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotDoneRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotDoneRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{11}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SnapshotDoneRequest) GetApp() string {
@@ -952,7 +1091,7 @@ type RestoreStartRequest struct {
 
 func (x *RestoreStartRequest) Reset() {
 	*x = RestoreStartRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[12]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1103,7 @@ func (x *RestoreStartRequest) String() string {
 func (*RestoreStartRequest) ProtoMessage() {}
 
 func (x *RestoreStartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[12]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1116,7 @@ func (x *RestoreStartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreStartRequest.ProtoReflect.Descriptor instead.
 func (*RestoreStartRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{12}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RestoreStartRequest) GetApp() string {
@@ -1019,7 +1158,7 @@ type ConnID struct {
 
 func (x *ConnID) Reset() {
 	*x = ConnID{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[13]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1031,7 +1170,7 @@ func (x *ConnID) String() string {
 func (*ConnID) ProtoMessage() {}
 
 func (x *ConnID) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[13]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1044,7 +1183,7 @@ func (x *ConnID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnID.ProtoReflect.Descriptor instead.
 func (*ConnID) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{13}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ConnID) GetLocal() string {
@@ -1072,7 +1211,7 @@ type RestoreConnRequest struct {
 
 func (x *RestoreConnRequest) Reset() {
 	*x = RestoreConnRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[14]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1084,7 +1223,7 @@ func (x *RestoreConnRequest) String() string {
 func (*RestoreConnRequest) ProtoMessage() {}
 
 func (x *RestoreConnRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[14]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1097,7 +1236,7 @@ func (x *RestoreConnRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreConnRequest.ProtoReflect.Descriptor instead.
 func (*RestoreConnRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{14}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RestoreConnRequest) GetApp() string {
@@ -1131,7 +1270,7 @@ type RestoredRequest struct {
 
 func (x *RestoredRequest) Reset() {
 	*x = RestoredRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[15]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1143,7 +1282,7 @@ func (x *RestoredRequest) String() string {
 func (*RestoredRequest) ProtoMessage() {}
 
 func (x *RestoredRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[15]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1156,7 +1295,7 @@ func (x *RestoredRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoredRequest.ProtoReflect.Descriptor instead.
 func (*RestoredRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{15}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RestoredRequest) GetApp() string {
@@ -1184,7 +1323,7 @@ type ConnCountReply struct {
 
 func (x *ConnCountReply) Reset() {
 	*x = ConnCountReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1335,7 @@ func (x *ConnCountReply) String() string {
 func (*ConnCountReply) ProtoMessage() {}
 
 func (x *ConnCountReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1348,7 @@ func (x *ConnCountReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnCountReply.ProtoReflect.Descriptor instead.
 func (*ConnCountReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{16}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ConnCountReply) GetApp() string {
@@ -1242,7 +1381,7 @@ type GetConnInfoRequest struct {
 
 func (x *GetConnInfoRequest) Reset() {
 	*x = GetConnInfoRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1254,7 +1393,7 @@ func (x *GetConnInfoRequest) String() string {
 func (*GetConnInfoRequest) ProtoMessage() {}
 
 func (x *GetConnInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1267,7 +1406,7 @@ func (x *GetConnInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConnInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetConnInfoRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{17}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GetConnInfoRequest) GetApp() string {
@@ -1308,7 +1447,7 @@ type ConnInfo struct {
 
 func (x *ConnInfo) Reset() {
 	*x = ConnInfo{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1459,7 @@ func (x *ConnInfo) String() string {
 func (*ConnInfo) ProtoMessage() {}
 
 func (x *ConnInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1472,7 @@ func (x *ConnInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnInfo.ProtoReflect.Descriptor instead.
 func (*ConnInfo) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{18}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ConnInfo) GetLocal() string {
@@ -1501,7 +1640,7 @@ type ConnInfoReply struct {
 
 func (x *ConnInfoReply) Reset() {
 	*x = ConnInfoReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1513,7 +1652,7 @@ func (x *ConnInfoReply) String() string {
 func (*ConnInfoReply) ProtoMessage() {}
 
 func (x *ConnInfoReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1526,7 +1665,7 @@ func (x *ConnInfoReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnInfoReply.ProtoReflect.Descriptor instead.
 func (*ConnInfoReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{19}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ConnInfoReply) GetApp() string {
@@ -1559,7 +1698,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1571,7 +1710,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1584,7 +1723,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{20}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StatusRequest) GetApp() string {
@@ -1613,7 +1752,7 @@ type AppStatus struct {
 
 func (x *AppStatus) Reset() {
 	*x = AppStatus{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1625,7 +1764,7 @@ func (x *AppStatus) String() string {
 func (*AppStatus) ProtoMessage() {}
 
 func (x *AppStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1638,7 +1777,7 @@ func (x *AppStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppStatus.ProtoReflect.Descriptor instead.
 func (*AppStatus) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{21}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AppStatus) GetName() string {
@@ -1718,18 +1857,90 @@ func (x *AppStatus) GetReasons() map[string]uint64 {
 	return nil
 }
 
+// Limit is one bound of the filter and how much of it is used.
+type Limit struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Used          uint64                 `protobuf:"varint,2,opt,name=used,proto3" json:"used,omitempty"` // with per_app: of the application that has most
+	Max           uint64                 `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
+	PerApp        bool                   `protobuf:"varint,4,opt,name=per_app,json=perApp,proto3" json:"per_app,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Limit) Reset() {
+	*x = Limit{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Limit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Limit) ProtoMessage() {}
+
+func (x *Limit) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Limit.ProtoReflect.Descriptor instead.
+func (*Limit) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Limit) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Limit) GetUsed() uint64 {
+	if x != nil {
+		return x.Used
+	}
+	return 0
+}
+
+func (x *Limit) GetMax() uint64 {
+	if x != nil {
+		return x.Max
+	}
+	return 0
+}
+
+func (x *Limit) GetPerApp() bool {
+	if x != nil {
+		return x.PerApp
+	}
+	return false
+}
+
 type StatusReply struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
 	Node             string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	ConfigGeneration uint64                 `protobuf:"varint,2,opt,name=config_generation,json=configGeneration,proto3" json:"config_generation,omitempty"`
 	Apps             []*AppStatus           `protobuf:"bytes,3,rep,name=apps,proto3" json:"apps,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Another one for each start of the filter.
+	Instance      string   `protobuf:"bytes,4,opt,name=instance,proto3" json:"instance,omitempty"`
+	Limits        []*Limit `protobuf:"bytes,5,rep,name=limits,proto3" json:"limits,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1741,7 +1952,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1754,7 +1965,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{22}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StatusReply) GetNode() string {
@@ -1778,6 +1989,20 @@ func (x *StatusReply) GetApps() []*AppStatus {
 	return nil
 }
 
+func (x *StatusReply) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *StatusReply) GetLimits() []*Limit {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
 type WaitRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
@@ -1788,7 +2013,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1800,7 +2025,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1813,7 +2038,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{23}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *WaitRequest) GetApp() string {
@@ -1839,7 +2064,7 @@ type AgentStartRequest struct {
 
 func (x *AgentStartRequest) Reset() {
 	*x = AgentStartRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1851,7 +2076,7 @@ func (x *AgentStartRequest) String() string {
 func (*AgentStartRequest) ProtoMessage() {}
 
 func (x *AgentStartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1864,7 +2089,7 @@ func (x *AgentStartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStartRequest.ProtoReflect.Descriptor instead.
 func (*AgentStartRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{24}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AgentStartRequest) GetApp() string {
@@ -1884,7 +2109,7 @@ type AgentStopRequest struct {
 
 func (x *AgentStopRequest) Reset() {
 	*x = AgentStopRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1896,7 +2121,7 @@ func (x *AgentStopRequest) String() string {
 func (*AgentStopRequest) ProtoMessage() {}
 
 func (x *AgentStopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1909,7 +2134,7 @@ func (x *AgentStopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStopRequest.ProtoReflect.Descriptor instead.
 func (*AgentStopRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{25}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AgentStopRequest) GetApp() string {
@@ -1926,18 +2151,80 @@ func (x *AgentStopRequest) GetDiscard() bool {
 	return false
 }
 
+// Phase is a step of an operation, in the order of their beginnings.
+type Phase struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Ms            float64                `protobuf:"fixed64,2,opt,name=ms,proto3" json:"ms,omitempty"`                             // how long it took; of a repeated one, the sum
+	FilterMs      float64                `protobuf:"fixed64,3,opt,name=filter_ms,json=filterMs,proto3" json:"filter_ms,omitempty"` // of these, waiting for answers of the filter
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Phase) Reset() {
+	*x = Phase{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Phase) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Phase) ProtoMessage() {}
+
+func (x *Phase) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Phase.ProtoReflect.Descriptor instead.
+func (*Phase) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *Phase) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Phase) GetMs() float64 {
+	if x != nil {
+		return x.Ms
+	}
+	return 0
+}
+
+func (x *Phase) GetFilterMs() float64 {
+	if x != nil {
+		return x.FilterMs
+	}
+	return 0
+}
+
 type AgentReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
 	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
 	Notes         []string               `protobuf:"bytes,3,rep,name=notes,proto3" json:"notes,omitempty"`
+	Phases        []*Phase               `protobuf:"bytes,4,rep,name=phases,proto3" json:"phases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AgentReply) Reset() {
 	*x = AgentReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1949,7 +2236,7 @@ func (x *AgentReply) String() string {
 func (*AgentReply) ProtoMessage() {}
 
 func (x *AgentReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1962,7 +2249,7 @@ func (x *AgentReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentReply.ProtoReflect.Descriptor instead.
 func (*AgentReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{26}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AgentReply) GetApp() string {
@@ -1986,6 +2273,13 @@ func (x *AgentReply) GetNotes() []string {
 	return nil
 }
 
+func (x *AgentReply) GetPhases() []*Phase {
+	if x != nil {
+		return x.Phases
+	}
+	return nil
+}
+
 type AgentSnapshotRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	App            string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
@@ -1997,7 +2291,7 @@ type AgentSnapshotRequest struct {
 
 func (x *AgentSnapshotRequest) Reset() {
 	*x = AgentSnapshotRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2009,7 +2303,7 @@ func (x *AgentSnapshotRequest) String() string {
 func (*AgentSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2022,7 +2316,7 @@ func (x *AgentSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{27}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AgentSnapshotRequest) GetApp() string {
@@ -2052,13 +2346,14 @@ type AgentSnapshotReply struct {
 	SnapshotId    string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
 	Forced        []string               `protobuf:"bytes,3,rep,name=forced,proto3" json:"forced,omitempty"`
 	Notes         []string               `protobuf:"bytes,4,rep,name=notes,proto3" json:"notes,omitempty"` // what an operator should know, a line each
+	Phases        []*Phase               `protobuf:"bytes,5,rep,name=phases,proto3" json:"phases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AgentSnapshotReply) Reset() {
 	*x = AgentSnapshotReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2070,7 +2365,7 @@ func (x *AgentSnapshotReply) String() string {
 func (*AgentSnapshotReply) ProtoMessage() {}
 
 func (x *AgentSnapshotReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2083,7 +2378,7 @@ func (x *AgentSnapshotReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotReply.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{28}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AgentSnapshotReply) GetApp() string {
@@ -2114,6 +2409,13 @@ func (x *AgentSnapshotReply) GetNotes() []string {
 	return nil
 }
 
+func (x *AgentSnapshotReply) GetPhases() []*Phase {
+	if x != nil {
+		return x.Phases
+	}
+	return nil
+}
+
 type AgentSnapshotsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"` // "": all
@@ -2123,7 +2425,7 @@ type AgentSnapshotsRequest struct {
 
 func (x *AgentSnapshotsRequest) Reset() {
 	*x = AgentSnapshotsRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2135,7 +2437,7 @@ func (x *AgentSnapshotsRequest) String() string {
 func (*AgentSnapshotsRequest) ProtoMessage() {}
 
 func (x *AgentSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2148,7 +2450,7 @@ func (x *AgentSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{29}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AgentSnapshotsRequest) GetApp() string {
@@ -2171,7 +2473,7 @@ type SnapshotInfo struct {
 
 func (x *SnapshotInfo) Reset() {
 	*x = SnapshotInfo{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2183,7 +2485,7 @@ func (x *SnapshotInfo) String() string {
 func (*SnapshotInfo) ProtoMessage() {}
 
 func (x *SnapshotInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2196,7 +2498,7 @@ func (x *SnapshotInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotInfo.ProtoReflect.Descriptor instead.
 func (*SnapshotInfo) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{30}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SnapshotInfo) GetApp() string {
@@ -2243,7 +2545,7 @@ type AgentSnapshotsReply struct {
 
 func (x *AgentSnapshotsReply) Reset() {
 	*x = AgentSnapshotsReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2255,7 +2557,7 @@ func (x *AgentSnapshotsReply) String() string {
 func (*AgentSnapshotsReply) ProtoMessage() {}
 
 func (x *AgentSnapshotsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2268,7 +2570,7 @@ func (x *AgentSnapshotsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotsReply.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotsReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{31}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AgentSnapshotsReply) GetSnapshots() []*SnapshotInfo {
@@ -2288,7 +2590,7 @@ type AgentRestoreRequest struct {
 
 func (x *AgentRestoreRequest) Reset() {
 	*x = AgentRestoreRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2300,7 +2602,7 @@ func (x *AgentRestoreRequest) String() string {
 func (*AgentRestoreRequest) ProtoMessage() {}
 
 func (x *AgentRestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2313,7 +2615,7 @@ func (x *AgentRestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRestoreRequest.ProtoReflect.Descriptor instead.
 func (*AgentRestoreRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{32}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AgentRestoreRequest) GetApp() string {
@@ -2339,7 +2641,7 @@ type AgentAbortRequest struct {
 
 func (x *AgentAbortRequest) Reset() {
 	*x = AgentAbortRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2351,7 +2653,7 @@ func (x *AgentAbortRequest) String() string {
 func (*AgentAbortRequest) ProtoMessage() {}
 
 func (x *AgentAbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2364,7 +2666,7 @@ func (x *AgentAbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentAbortRequest.ProtoReflect.Descriptor instead.
 func (*AgentAbortRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{33}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AgentAbortRequest) GetApp() string {
@@ -2383,7 +2685,7 @@ type AgentProgressRequest struct {
 
 func (x *AgentProgressRequest) Reset() {
 	*x = AgentProgressRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2395,7 +2697,7 @@ func (x *AgentProgressRequest) String() string {
 func (*AgentProgressRequest) ProtoMessage() {}
 
 func (x *AgentProgressRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2408,7 +2710,7 @@ func (x *AgentProgressRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentProgressRequest.ProtoReflect.Descriptor instead.
 func (*AgentProgressRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{34}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AgentProgressRequest) GetApp() string {
@@ -2431,7 +2733,7 @@ type AgentProgressReply struct {
 
 func (x *AgentProgressReply) Reset() {
 	*x = AgentProgressReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2443,7 +2745,7 @@ func (x *AgentProgressReply) String() string {
 func (*AgentProgressReply) ProtoMessage() {}
 
 func (x *AgentProgressReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2456,7 +2758,7 @@ func (x *AgentProgressReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentProgressReply.ProtoReflect.Descriptor instead.
 func (*AgentProgressReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{35}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AgentProgressReply) GetApp() string {
@@ -2558,7 +2860,19 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"bytes_sent\x18\x11 \x01(\x04R\tbytesSent\x12)\n" +
 	"\x11last_data_sent_ms\x18\x12 \x01(\rR\x0elastDataSentMs\x12)\n" +
 	"\x11last_data_recv_ms\x18\x13 \x01(\rR\x0elastDataRecvMs\x12\x1b\n" +
-	"\trcv_space\x18\x14 \x01(\rR\brcvSpace\"\xc5\x01\n" +
+	"\trcv_space\x18\x14 \x01(\rR\brcvSpace\"\x98\x01\n" +
+	"\fAdoptRequest\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x121\n" +
+	"\asockets\x18\x02 \x03(\v2\x17.nfconnfilter.v1.SocketR\asockets\x12!\n" +
+	"\flisten_ports\x18\x03 \x03(\rR\vlistenPorts\x12 \n" +
+	"\flisted_at_ns\x18\x04 \x01(\x03R\n" +
+	"listedAtNs\"l\n" +
+	"\n" +
+	"AdoptReply\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x18\n" +
+	"\aadopted\x18\x03 \x01(\rR\aadopted\x12\x1c\n" +
+	"\tforgotten\x18\x04 \x01(\rR\tforgotten\"\xc5\x01\n" +
 	"\x14SnapshotStartRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x121\n" +
 	"\asockets\x18\x02 \x03(\v2\x17.nfconnfilter.v1.SocketR\asockets\x12!\n" +
@@ -2662,11 +2976,18 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\x1a:\n" +
 	"\fReasonsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"~\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"Z\n" +
+	"\x05Limit\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04used\x18\x02 \x01(\x04R\x04used\x12\x10\n" +
+	"\x03max\x18\x03 \x01(\x04R\x03max\x12\x17\n" +
+	"\aper_app\x18\x04 \x01(\bR\x06perApp\"\xca\x01\n" +
 	"\vStatusReply\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12+\n" +
 	"\x11config_generation\x18\x02 \x01(\x04R\x10configGeneration\x12.\n" +
-	"\x04apps\x18\x03 \x03(\v2\x1a.nfconnfilter.v1.AppStatusR\x04apps\"5\n" +
+	"\x04apps\x18\x03 \x03(\v2\x1a.nfconnfilter.v1.AppStatusR\x04apps\x12\x1a\n" +
+	"\binstance\x18\x04 \x01(\tR\binstance\x12.\n" +
+	"\x06limits\x18\x05 \x03(\v2\x16.nfconnfilter.v1.LimitR\x06limits\"5\n" +
 	"\vWaitRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\"%\n" +
@@ -2674,22 +2995,28 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x03app\x18\x01 \x01(\tR\x03app\">\n" +
 	"\x10AgentStopRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x18\n" +
-	"\adiscard\x18\x02 \x01(\bR\adiscard\"J\n" +
+	"\adiscard\x18\x02 \x01(\bR\adiscard\"H\n" +
+	"\x05Phase\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02ms\x18\x02 \x01(\x01R\x02ms\x12\x1b\n" +
+	"\tfilter_ms\x18\x03 \x01(\x01R\bfilterMs\"z\n" +
 	"\n" +
 	"AgentReply\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x14\n" +
-	"\x05notes\x18\x03 \x03(\tR\x05notes\"h\n" +
+	"\x05notes\x18\x03 \x03(\tR\x05notes\x12.\n" +
+	"\x06phases\x18\x04 \x03(\v2\x16.nfconnfilter.v1.PhaseR\x06phases\"h\n" +
 	"\x14AgentSnapshotRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\x12(\n" +
-	"\x10drain_timeout_ms\x18\x03 \x01(\x03R\x0edrainTimeoutMs\"u\n" +
+	"\x10drain_timeout_ms\x18\x03 \x01(\x03R\x0edrainTimeoutMs\"\xa5\x01\n" +
 	"\x12AgentSnapshotReply\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
 	"snapshotId\x12\x16\n" +
 	"\x06forced\x18\x03 \x03(\tR\x06forced\x12\x14\n" +
-	"\x05notes\x18\x04 \x03(\tR\x05notes\")\n" +
+	"\x05notes\x18\x04 \x03(\tR\x05notes\x12.\n" +
+	"\x06phases\x18\x05 \x03(\v2\x16.nfconnfilter.v1.PhaseR\x06phases\")\n" +
 	"\x15AgentSnapshotsRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\"p\n" +
 	"\fSnapshotInfo\x12\x10\n" +
@@ -2714,11 +3041,12 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x05phase\x18\x03 \x01(\tR\x05phase\x12\x16\n" +
 	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x1d\n" +
 	"\n" +
-	"elapsed_ms\x18\x05 \x01(\x03R\telapsedMs2\xff\b\n" +
+	"elapsed_ms\x18\x05 \x01(\x03R\telapsedMs2\xc4\t\n" +
 	"\x06Filter\x12G\n" +
 	"\bRegister\x12 .nfconnfilter.v1.RegisterRequest\x1a\x19.nfconnfilter.v1.AppReply\x12K\n" +
 	"\n" +
-	"Unregister\x12\".nfconnfilter.v1.UnregisterRequest\x1a\x19.nfconnfilter.v1.AppReply\x12S\n" +
+	"Unregister\x12\".nfconnfilter.v1.UnregisterRequest\x1a\x19.nfconnfilter.v1.AppReply\x12C\n" +
+	"\x05Adopt\x12\x1d.nfconnfilter.v1.AdoptRequest\x1a\x1b.nfconnfilter.v1.AdoptReply\x12S\n" +
 	"\rSnapshotStart\x12%.nfconnfilter.v1.SnapshotStartRequest\x1a\x1b.nfconnfilter.v1.LearnReply\x12S\n" +
 	"\x0eSnapshotFreeze\x12&.nfconnfilter.v1.SnapshotFreezeRequest\x1a\x19.nfconnfilter.v1.AppReply\x12?\n" +
 	"\x04Seal\x12\x1c.nfconnfilter.v1.SealRequest\x1a\x19.nfconnfilter.v1.AppReply\x12O\n" +
@@ -2753,7 +3081,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP() []byte {
 	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescData
 }
 
-var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 	(*ErrorInfo)(nil),             // 0: nfconnfilter.v1.ErrorInfo
 	(*AppRequest)(nil),            // 1: nfconnfilter.v1.AppRequest
@@ -2762,95 +3090,105 @@ var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 	(*RegisterRequest)(nil),       // 4: nfconnfilter.v1.RegisterRequest
 	(*UnregisterRequest)(nil),     // 5: nfconnfilter.v1.UnregisterRequest
 	(*Socket)(nil),                // 6: nfconnfilter.v1.Socket
-	(*SnapshotStartRequest)(nil),  // 7: nfconnfilter.v1.SnapshotStartRequest
-	(*LearnReply)(nil),            // 8: nfconnfilter.v1.LearnReply
-	(*SnapshotFreezeRequest)(nil), // 9: nfconnfilter.v1.SnapshotFreezeRequest
-	(*SealRequest)(nil),           // 10: nfconnfilter.v1.SealRequest
-	(*SnapshotDoneRequest)(nil),   // 11: nfconnfilter.v1.SnapshotDoneRequest
-	(*RestoreStartRequest)(nil),   // 12: nfconnfilter.v1.RestoreStartRequest
-	(*ConnID)(nil),                // 13: nfconnfilter.v1.ConnID
-	(*RestoreConnRequest)(nil),    // 14: nfconnfilter.v1.RestoreConnRequest
-	(*RestoredRequest)(nil),       // 15: nfconnfilter.v1.RestoredRequest
-	(*ConnCountReply)(nil),        // 16: nfconnfilter.v1.ConnCountReply
-	(*GetConnInfoRequest)(nil),    // 17: nfconnfilter.v1.GetConnInfoRequest
-	(*ConnInfo)(nil),              // 18: nfconnfilter.v1.ConnInfo
-	(*ConnInfoReply)(nil),         // 19: nfconnfilter.v1.ConnInfoReply
-	(*StatusRequest)(nil),         // 20: nfconnfilter.v1.StatusRequest
-	(*AppStatus)(nil),             // 21: nfconnfilter.v1.AppStatus
-	(*StatusReply)(nil),           // 22: nfconnfilter.v1.StatusReply
-	(*WaitRequest)(nil),           // 23: nfconnfilter.v1.WaitRequest
-	(*AgentStartRequest)(nil),     // 24: nfconnfilter.v1.AgentStartRequest
-	(*AgentStopRequest)(nil),      // 25: nfconnfilter.v1.AgentStopRequest
-	(*AgentReply)(nil),            // 26: nfconnfilter.v1.AgentReply
-	(*AgentSnapshotRequest)(nil),  // 27: nfconnfilter.v1.AgentSnapshotRequest
-	(*AgentSnapshotReply)(nil),    // 28: nfconnfilter.v1.AgentSnapshotReply
-	(*AgentSnapshotsRequest)(nil), // 29: nfconnfilter.v1.AgentSnapshotsRequest
-	(*SnapshotInfo)(nil),          // 30: nfconnfilter.v1.SnapshotInfo
-	(*AgentSnapshotsReply)(nil),   // 31: nfconnfilter.v1.AgentSnapshotsReply
-	(*AgentRestoreRequest)(nil),   // 32: nfconnfilter.v1.AgentRestoreRequest
-	(*AgentAbortRequest)(nil),     // 33: nfconnfilter.v1.AgentAbortRequest
-	(*AgentProgressRequest)(nil),  // 34: nfconnfilter.v1.AgentProgressRequest
-	(*AgentProgressReply)(nil),    // 35: nfconnfilter.v1.AgentProgressReply
-	nil,                           // 36: nfconnfilter.v1.AppStatus.ConnectionsEntry
-	nil,                           // 37: nfconnfilter.v1.AppStatus.ReasonsEntry
+	(*AdoptRequest)(nil),          // 7: nfconnfilter.v1.AdoptRequest
+	(*AdoptReply)(nil),            // 8: nfconnfilter.v1.AdoptReply
+	(*SnapshotStartRequest)(nil),  // 9: nfconnfilter.v1.SnapshotStartRequest
+	(*LearnReply)(nil),            // 10: nfconnfilter.v1.LearnReply
+	(*SnapshotFreezeRequest)(nil), // 11: nfconnfilter.v1.SnapshotFreezeRequest
+	(*SealRequest)(nil),           // 12: nfconnfilter.v1.SealRequest
+	(*SnapshotDoneRequest)(nil),   // 13: nfconnfilter.v1.SnapshotDoneRequest
+	(*RestoreStartRequest)(nil),   // 14: nfconnfilter.v1.RestoreStartRequest
+	(*ConnID)(nil),                // 15: nfconnfilter.v1.ConnID
+	(*RestoreConnRequest)(nil),    // 16: nfconnfilter.v1.RestoreConnRequest
+	(*RestoredRequest)(nil),       // 17: nfconnfilter.v1.RestoredRequest
+	(*ConnCountReply)(nil),        // 18: nfconnfilter.v1.ConnCountReply
+	(*GetConnInfoRequest)(nil),    // 19: nfconnfilter.v1.GetConnInfoRequest
+	(*ConnInfo)(nil),              // 20: nfconnfilter.v1.ConnInfo
+	(*ConnInfoReply)(nil),         // 21: nfconnfilter.v1.ConnInfoReply
+	(*StatusRequest)(nil),         // 22: nfconnfilter.v1.StatusRequest
+	(*AppStatus)(nil),             // 23: nfconnfilter.v1.AppStatus
+	(*Limit)(nil),                 // 24: nfconnfilter.v1.Limit
+	(*StatusReply)(nil),           // 25: nfconnfilter.v1.StatusReply
+	(*WaitRequest)(nil),           // 26: nfconnfilter.v1.WaitRequest
+	(*AgentStartRequest)(nil),     // 27: nfconnfilter.v1.AgentStartRequest
+	(*AgentStopRequest)(nil),      // 28: nfconnfilter.v1.AgentStopRequest
+	(*Phase)(nil),                 // 29: nfconnfilter.v1.Phase
+	(*AgentReply)(nil),            // 30: nfconnfilter.v1.AgentReply
+	(*AgentSnapshotRequest)(nil),  // 31: nfconnfilter.v1.AgentSnapshotRequest
+	(*AgentSnapshotReply)(nil),    // 32: nfconnfilter.v1.AgentSnapshotReply
+	(*AgentSnapshotsRequest)(nil), // 33: nfconnfilter.v1.AgentSnapshotsRequest
+	(*SnapshotInfo)(nil),          // 34: nfconnfilter.v1.SnapshotInfo
+	(*AgentSnapshotsReply)(nil),   // 35: nfconnfilter.v1.AgentSnapshotsReply
+	(*AgentRestoreRequest)(nil),   // 36: nfconnfilter.v1.AgentRestoreRequest
+	(*AgentAbortRequest)(nil),     // 37: nfconnfilter.v1.AgentAbortRequest
+	(*AgentProgressRequest)(nil),  // 38: nfconnfilter.v1.AgentProgressRequest
+	(*AgentProgressReply)(nil),    // 39: nfconnfilter.v1.AgentProgressReply
+	nil,                           // 40: nfconnfilter.v1.AppStatus.ConnectionsEntry
+	nil,                           // 41: nfconnfilter.v1.AppStatus.ReasonsEntry
 }
 var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
-	6,  // 0: nfconnfilter.v1.SnapshotStartRequest.sockets:type_name -> nfconnfilter.v1.Socket
-	13, // 1: nfconnfilter.v1.RestoreConnRequest.conns:type_name -> nfconnfilter.v1.ConnID
-	18, // 2: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
-	36, // 3: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
-	37, // 4: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
-	21, // 5: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
-	30, // 6: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
-	4,  // 7: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
-	5,  // 8: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
-	7,  // 9: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
-	9,  // 10: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
-	10, // 11: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
-	11, // 12: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
-	1,  // 13: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
-	12, // 14: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
-	14, // 15: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
-	15, // 16: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
-	1,  // 17: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
-	1,  // 18: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
-	17, // 19: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
-	20, // 20: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
-	23, // 21: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
-	24, // 22: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
-	25, // 23: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
-	27, // 24: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
-	29, // 25: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
-	32, // 26: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
-	33, // 27: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
-	34, // 28: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
-	2,  // 29: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
-	2,  // 30: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
-	8,  // 31: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
-	2,  // 32: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
-	2,  // 33: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
-	2,  // 34: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
-	2,  // 35: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
-	2,  // 36: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
-	2,  // 37: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
-	2,  // 38: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
-	2,  // 39: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
-	16, // 40: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
-	19, // 41: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
-	22, // 42: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
-	2,  // 43: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
-	26, // 44: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
-	26, // 45: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
-	28, // 46: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
-	31, // 47: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
-	26, // 48: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
-	26, // 49: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
-	35, // 50: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
-	29, // [29:51] is the sub-list for method output_type
-	7,  // [7:29] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	6,  // 0: nfconnfilter.v1.AdoptRequest.sockets:type_name -> nfconnfilter.v1.Socket
+	6,  // 1: nfconnfilter.v1.SnapshotStartRequest.sockets:type_name -> nfconnfilter.v1.Socket
+	15, // 2: nfconnfilter.v1.RestoreConnRequest.conns:type_name -> nfconnfilter.v1.ConnID
+	20, // 3: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
+	40, // 4: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
+	41, // 5: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
+	23, // 6: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
+	24, // 7: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
+	29, // 8: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
+	29, // 9: nfconnfilter.v1.AgentSnapshotReply.phases:type_name -> nfconnfilter.v1.Phase
+	34, // 10: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
+	4,  // 11: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
+	5,  // 12: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
+	7,  // 13: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
+	9,  // 14: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
+	11, // 15: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
+	12, // 16: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
+	13, // 17: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
+	1,  // 18: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
+	14, // 19: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
+	16, // 20: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
+	17, // 21: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
+	1,  // 22: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
+	1,  // 23: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
+	19, // 24: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
+	22, // 25: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
+	26, // 26: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
+	27, // 27: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
+	28, // 28: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
+	31, // 29: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
+	33, // 30: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
+	36, // 31: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
+	37, // 32: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
+	38, // 33: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
+	2,  // 34: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
+	2,  // 35: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
+	8,  // 36: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
+	10, // 37: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
+	2,  // 38: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
+	2,  // 39: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
+	2,  // 40: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
+	2,  // 41: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
+	2,  // 42: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
+	2,  // 43: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
+	2,  // 44: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
+	2,  // 45: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
+	18, // 46: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
+	21, // 47: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
+	25, // 48: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
+	2,  // 49: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
+	30, // 50: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
+	30, // 51: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
+	32, // 52: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
+	35, // 53: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
+	30, // 54: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
+	30, // 55: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
+	39, // 56: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
+	34, // [34:57] is the sub-list for method output_type
+	11, // [11:34] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_nfconnfilter_v1_nfconnfilter_proto_init() }
@@ -2864,7 +3202,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc), len(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

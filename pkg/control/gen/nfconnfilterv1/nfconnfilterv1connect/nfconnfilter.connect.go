@@ -46,6 +46,8 @@ const (
 	FilterRegisterProcedure = "/nfconnfilter.v1.Filter/Register"
 	// FilterUnregisterProcedure is the fully-qualified name of the Filter's Unregister RPC.
 	FilterUnregisterProcedure = "/nfconnfilter.v1.Filter/Unregister"
+	// FilterAdoptProcedure is the fully-qualified name of the Filter's Adopt RPC.
+	FilterAdoptProcedure = "/nfconnfilter.v1.Filter/Adopt"
 	// FilterSnapshotStartProcedure is the fully-qualified name of the Filter's SnapshotStart RPC.
 	FilterSnapshotStartProcedure = "/nfconnfilter.v1.Filter/SnapshotStart"
 	// FilterSnapshotFreezeProcedure is the fully-qualified name of the Filter's SnapshotFreeze RPC.
@@ -95,6 +97,9 @@ type FilterClient interface {
 	// Unregister forgets it: CONNECTED, RESTORED -> unknown. With force also
 	// SNAPSHOTDONE (held remotes get RST) and translated connections.
 	Unregister(context.Context, *connect.Request[nfconnfilterv1.UnregisterRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
+	// Adopt makes connections known that are older than the filter, and forgets
+	// translated ones whose local socket is gone: CONNECTED, RESTORED, SNAPSHOTSTART.
+	Adopt(context.Context, *connect.Request[nfconnfilterv1.AdoptRequest]) (*connect.Response[nfconnfilterv1.AdoptReply], error)
 	// SnapshotStart announces a snapshot; everything is captured and learned.
 	SnapshotStart(context.Context, *connect.Request[nfconnfilterv1.SnapshotStartRequest]) (*connect.Response[nfconnfilterv1.LearnReply], error)
 	// SnapshotFreeze stops payload towards the application.
@@ -145,6 +150,12 @@ func NewFilterClient(httpClient connect.HTTPClient, baseURL string, opts ...conn
 			httpClient,
 			baseURL+FilterUnregisterProcedure,
 			connect.WithSchema(filterMethods.ByName("Unregister")),
+			connect.WithClientOptions(opts...),
+		),
+		adopt: connect.NewClient[nfconnfilterv1.AdoptRequest, nfconnfilterv1.AdoptReply](
+			httpClient,
+			baseURL+FilterAdoptProcedure,
+			connect.WithSchema(filterMethods.ByName("Adopt")),
 			connect.WithClientOptions(opts...),
 		),
 		snapshotStart: connect.NewClient[nfconnfilterv1.SnapshotStartRequest, nfconnfilterv1.LearnReply](
@@ -232,6 +243,7 @@ func NewFilterClient(httpClient connect.HTTPClient, baseURL string, opts ...conn
 type filterClient struct {
 	register       *connect.Client[nfconnfilterv1.RegisterRequest, nfconnfilterv1.AppReply]
 	unregister     *connect.Client[nfconnfilterv1.UnregisterRequest, nfconnfilterv1.AppReply]
+	adopt          *connect.Client[nfconnfilterv1.AdoptRequest, nfconnfilterv1.AdoptReply]
 	snapshotStart  *connect.Client[nfconnfilterv1.SnapshotStartRequest, nfconnfilterv1.LearnReply]
 	snapshotFreeze *connect.Client[nfconnfilterv1.SnapshotFreezeRequest, nfconnfilterv1.AppReply]
 	seal           *connect.Client[nfconnfilterv1.SealRequest, nfconnfilterv1.AppReply]
@@ -255,6 +267,11 @@ func (c *filterClient) Register(ctx context.Context, req *connect.Request[nfconn
 // Unregister calls nfconnfilter.v1.Filter.Unregister.
 func (c *filterClient) Unregister(ctx context.Context, req *connect.Request[nfconnfilterv1.UnregisterRequest]) (*connect.Response[nfconnfilterv1.AppReply], error) {
 	return c.unregister.CallUnary(ctx, req)
+}
+
+// Adopt calls nfconnfilter.v1.Filter.Adopt.
+func (c *filterClient) Adopt(ctx context.Context, req *connect.Request[nfconnfilterv1.AdoptRequest]) (*connect.Response[nfconnfilterv1.AdoptReply], error) {
+	return c.adopt.CallUnary(ctx, req)
 }
 
 // SnapshotStart calls nfconnfilter.v1.Filter.SnapshotStart.
@@ -329,6 +346,9 @@ type FilterHandler interface {
 	// Unregister forgets it: CONNECTED, RESTORED -> unknown. With force also
 	// SNAPSHOTDONE (held remotes get RST) and translated connections.
 	Unregister(context.Context, *connect.Request[nfconnfilterv1.UnregisterRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
+	// Adopt makes connections known that are older than the filter, and forgets
+	// translated ones whose local socket is gone: CONNECTED, RESTORED, SNAPSHOTSTART.
+	Adopt(context.Context, *connect.Request[nfconnfilterv1.AdoptRequest]) (*connect.Response[nfconnfilterv1.AdoptReply], error)
 	// SnapshotStart announces a snapshot; everything is captured and learned.
 	SnapshotStart(context.Context, *connect.Request[nfconnfilterv1.SnapshotStartRequest]) (*connect.Response[nfconnfilterv1.LearnReply], error)
 	// SnapshotFreeze stops payload towards the application.
@@ -375,6 +395,12 @@ func NewFilterHandler(svc FilterHandler, opts ...connect.HandlerOption) (string,
 		FilterUnregisterProcedure,
 		svc.Unregister,
 		connect.WithSchema(filterMethods.ByName("Unregister")),
+		connect.WithHandlerOptions(opts...),
+	)
+	filterAdoptHandler := connect.NewUnaryHandler(
+		FilterAdoptProcedure,
+		svc.Adopt,
+		connect.WithSchema(filterMethods.ByName("Adopt")),
 		connect.WithHandlerOptions(opts...),
 	)
 	filterSnapshotStartHandler := connect.NewUnaryHandler(
@@ -461,6 +487,8 @@ func NewFilterHandler(svc FilterHandler, opts ...connect.HandlerOption) (string,
 			filterRegisterHandler.ServeHTTP(w, r)
 		case FilterUnregisterProcedure:
 			filterUnregisterHandler.ServeHTTP(w, r)
+		case FilterAdoptProcedure:
+			filterAdoptHandler.ServeHTTP(w, r)
 		case FilterSnapshotStartProcedure:
 			filterSnapshotStartHandler.ServeHTTP(w, r)
 		case FilterSnapshotFreezeProcedure:
@@ -502,6 +530,10 @@ func (UnimplementedFilterHandler) Register(context.Context, *connect.Request[nfc
 
 func (UnimplementedFilterHandler) Unregister(context.Context, *connect.Request[nfconnfilterv1.UnregisterRequest]) (*connect.Response[nfconnfilterv1.AppReply], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Filter.Unregister is not implemented"))
+}
+
+func (UnimplementedFilterHandler) Adopt(context.Context, *connect.Request[nfconnfilterv1.AdoptRequest]) (*connect.Response[nfconnfilterv1.AdoptReply], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Filter.Adopt is not implemented"))
 }
 
 func (UnimplementedFilterHandler) SnapshotStart(context.Context, *connect.Request[nfconnfilterv1.SnapshotStartRequest]) (*connect.Response[nfconnfilterv1.LearnReply], error) {

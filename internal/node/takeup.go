@@ -1,0 +1,162 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/fxamacker/cbor/v2"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/journal"
+	"github.com/nfconnfilter/nfconnfilter/internal/rules"
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+)
+
+// legacy is what an earlier filter left in the journal.
+type legacy struct {
+	apps     []filter.AppRecord
+	conns    []filter.ConnRecord
+	rebooted bool
+}
+
+var bootKey = []byte("boot")
+
+// openJournal opens the journal and reads what an earlier filter left in it.
+func (n *Node) openJournal(dir string) (l legacy, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return l, err
+	}
+	path := filepath.Join(dir, "journal.db")
+	if n.journal, err = journal.Open(path); err != nil {
+		return l, err
+	}
+	before := ""
+	err = errors.Join(
+		n.journal.Read(journal.Apps, func(_, v []byte) error {
+			var r filter.AppRecord
+			err := cbor.Unmarshal(v, &r)
+			l.apps = append(l.apps, r)
+			return err
+		}),
+		n.journal.Read(journal.Conns, func(_, v []byte) error {
+			var r filter.ConnRecord
+			err := cbor.Unmarshal(v, &r)
+			l.conns = append(l.conns, r)
+			return err
+		}),
+		n.journal.Read(journal.Meta, func(k, v []byte) error {
+			if string(k) == string(bootKey) {
+				before = string(v)
+			}
+			return nil
+		}))
+	if err != nil {
+		return l, fmt.Errorf("%w: %s: %w; move it away to go on without what was held", journal.ErrDamaged, path, err)
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return l, err
+	}
+	id := strings.TrimSpace(string(boot))
+	if l.rebooted = before != "" && before != id; before != id { // written with what is taken up
+		n.unsaved = append(n.unsaved, journal.Entry{Table: journal.Meta, Key: bootKey, Value: []byte(id)})
+	}
+	return l, nil
+}
+
+// flowKey names a translated flow as the set does.
+type flowKey struct {
+	remote netip.AddrPort
+	vip    netip.Addr
+}
+
+// takeUp goes on where an earlier filter stopped: its records and the sets that
+// it left. Sets are the kernel's memory: a translated flow that they do not
+// hold has ended.
+func (n *Node) takeUp(l legacy) error {
+	listed := map[rules.Set][]rules.Change{}
+	for _, s := range rules.AllSets() {
+		list, err := n.rules.List(s)
+		if err != nil {
+			return err
+		}
+		listed[s] = list
+	}
+	flows := map[flowKey]bool{}
+	for _, c := range listed[rules.Flow] {
+		flows[flowKey{netip.AddrPortFrom(c.IP, c.Port), c.Peer}] = true
+	}
+	known := func(id filter.ConnID) bool { return flows[flowKey{id.Remote, id.Local.Addr()}] }
+	if err := n.engine.Load(now(), l.apps, l.conns, known, l.rebooted, &n.fx); err != nil {
+		return fmt.Errorf("%w: %w; move journal.db away to go on without what was held", journal.ErrDamaged, err)
+	}
+	wanted := map[filter.SetChange]bool{}
+	for _, c := range n.fx.Sets {
+		wanted[c] = true
+	}
+	n.clearSets(listed, wanted)
+	n.takeUpConfigured(listed[rules.VIP], wanted)
+	n.flush()
+	if err := n.save(); err != nil {
+		return err
+	}
+	n.engaged.Store(int32(len(n.active)))
+	n.disengage()
+	return nil
+}
+
+// clearSets has everything taken out of the sets that no record explains. A VIP
+// that was away stays blocked, so that nobody answers its remotes with RST,
+// until the operator decides.
+func (n *Node) clearSets(listed map[rules.Set][]rules.Change, wanted map[filter.SetChange]bool) {
+	blocked := map[netip.Addr]bool{}
+	for _, c := range listed[rules.Away] {
+		if !wanted[filter.SetChange{Set: filter.SetAway, Add: true, IP: c.IP}] {
+			blocked[c.IP] = true
+			n.engine.Block(c.IP)
+			n.log.Error("an application on this VIP was away when an earlier filter ended, and there is no record of it; its connections are lost, and its traffic is dropped until 'ckptctl start' brings it up anew or 'nfconnfilter rules --purge' removes the rules", "vip", c.IP)
+		}
+	}
+	lost := 0
+	for s, set := range setOf {
+		for _, c := range listed[set] {
+			w := filter.SetChange{Set: filter.Set(s), Add: true, IP: c.IP, Port: c.Port, Peer: c.Peer}
+			switch {
+			case wanted[w]:
+				continue
+			case set == rules.Active && blocked[c.IP]:
+				n.active[c.IP] = true
+				continue
+			case set == rules.Away, set == rules.VIP: // blocked; see takeUpConfigured
+				continue
+			case set == rules.Flow:
+				lost++
+			}
+			w.Add = false
+			n.fx.Sets = append(n.fx.Sets, w)
+		}
+	}
+	if lost > 0 {
+		n.log.Error("there is no record of translated connections; they will be reset when either side speaks", "connections", lost)
+	}
+}
+
+// takeUpConfigured registers applications that ran and of which there is no
+// record: of those nothing needs to be known.
+func (n *Node) takeUpConfigured(vips []rules.Change, wanted map[filter.SetChange]bool) {
+	up := map[netip.Addr]bool{}
+	for _, c := range vips {
+		up[c.IP] = !wanted[filter.SetChange{Set: filter.SetVIP, Add: true, IP: c.IP}]
+	}
+	cfg := n.cfg.Load()
+	for _, a := range cfg.Apps {
+		if len(a.VIPs) == 0 || !up[a.VIPs[0]] || n.engine.Blocked(a.VIPs[0]) {
+			continue
+		}
+		n.step(filter.Event{Request: &filter.Request{Body: registerApp(cfg, a)}})
+		n.log.Info("taken up from an earlier filter", "app", a.Name)
+	}
+}
