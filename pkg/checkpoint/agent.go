@@ -29,6 +29,7 @@ const (
 	opSnapshot = "snapshot"
 	opRestore  = "restore"
 	opAbort    = "abort"
+	opRecover  = "recover"
 )
 
 // DefaultRestoreListen is where restore requests of the filter arrive on a
@@ -46,6 +47,9 @@ type Options struct {
 	Reload <-chan struct{}
 	// RestoreListen is DefaultRestoreListen when empty.
 	RestoreListen string
+	// Failpoint, OPERATION/PHASE, kills the agent's process where that phase
+	// of the operation begins: for tests of what the next agent does.
+	Failpoint string
 }
 
 // sockets is the part of sockdiag.Conn that the agent needs.
@@ -63,6 +67,9 @@ type addresses interface {
 	has(namespace string, addr netip.Addr) (iface string, ok bool, err error)
 	// local lists every address of the node and of the namespace.
 	local(namespace string) ([]netip.Addr, error)
+	// route tells by which interface the node reaches the address; "" when it
+	// is its own.
+	route(addr netip.Addr) (iface string, err error)
 }
 
 // agent serves nfconnfilter.v1.Agent.
@@ -72,9 +79,10 @@ type agent struct {
 	filter      nfconnfilterv1connect.FilterClient
 	openSockets func(namespace string) (sockets, error)
 	addrs       addresses
-	sysctl      func(name string) string // a value below /proc/sys, "" where it cannot be read
+	sysctl      func(namespace, name string) string // a value below /proc/sys, "" where it cannot be read
 	launch      launcher
 	store       store
+	intents     intents
 	trust       func(path string) error // whether root may run what the file says
 	readApp     func(name string) (*config.App, error)
 	root        context.Context // ends when the agent is told to stop
@@ -105,10 +113,10 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	launch := &osLauncher{stateDir: cfg.Node.StateDir, log: o.Logger}
-	filter := control.Dial(cfg.Node.ControlSocket)
+	filter := control.Dial(cfg.Node.ControlSocket, connect.WithInterceptors(patience(filterPatience)))
 	defer filter.Close()
 	a := newAgent(ctx, o, cfg, filter)
-	a.launch, a.addrs = launch, osAddresses{o.Logger}
+	a.launch, a.addrs = launch, osAddresses{log: o.Logger}
 	a.openSockets = func(namespace string) (sockets, error) {
 		if namespace == "" {
 			return sockdiag.Open()
@@ -124,14 +132,18 @@ func Run(ctx context.Context, o Options) error {
 func newAgent(root context.Context, o Options, cfg *config.Config, filter nfconnfilterv1connect.FilterClient) *agent {
 	return &agent{
 		trust: config.CheckTrusted,
-		sysctl: func(name string) string {
-			b, _ := os.ReadFile("/proc/sys/" + name)
+		sysctl: func(namespace, name string) string {
+			var b []byte
+			_ = inNamespace(namespace, func() (err error) { // net is the reading thread's own
+				b, err = os.ReadFile("/proc/sys/" + name)
+				return err
+			})
 			return string(b)
 		},
 		readApp: func(name string) (*config.App, error) { return config.LoadApp(o.SharedDir, o.NodeFile, name) },
 		o:       o, log: o.Logger, filter: filter, cfg: cfg, root: root,
-		store: store{filepath.Join(o.SharedDir, "snapshots")},
-		ops:   map[string]*operation{}, wanted: map[string]bool{}, procs: map[string]process{},
+		store: store{filepath.Join(o.SharedDir, "snapshots")}, intents: intents{cfg.Node.StateDir},
+		ops: map[string]*operation{}, wanted: map[string]bool{}, procs: map[string]process{},
 	}
 }
 
@@ -171,6 +183,7 @@ func (a *agent) serve(ctx context.Context) error {
 			cancel()
 		})
 	}
+	wg.Go(func() { a.keepAdopted(ctx) })
 	a.log.Info("agent serves", "socket", node.AgentSocket, "node", node.Name)
 	for reload := a.o.Reload; ctx.Err() == nil; {
 		select {
@@ -311,10 +324,20 @@ func (a *agent) setProcess(app string, p process) {
 }
 
 // osAddresses are those of this machine.
-type osAddresses struct{ log *slog.Logger }
+type osAddresses struct {
+	log  *slog.Logger
+	host string // the node's namespace; "": the agent's
+}
+
+func (o osAddresses) in(namespace string, f func() error) error {
+	if namespace == hostNamespace {
+		namespace = o.host
+	}
+	return inNamespace(namespace, f)
+}
 
 func (o osAddresses) add(namespace, iface string, addr netip.Addr) error {
-	return inNamespace(namespace, func() error {
+	return o.in(namespace, func() error {
 		if err := vip.Add(iface, addr); err != nil {
 			return err
 		}
@@ -329,19 +352,27 @@ func (o osAddresses) add(namespace, iface string, addr netip.Addr) error {
 	})
 }
 
-func (osAddresses) remove(namespace, iface string, addr netip.Addr) error {
-	return inNamespace(namespace, func() error { return vip.Remove(iface, addr) })
+func (o osAddresses) remove(namespace, iface string, addr netip.Addr) error {
+	return o.in(namespace, func() error { return vip.Remove(iface, addr) })
 }
 
-func (osAddresses) has(namespace string, addr netip.Addr) (iface string, ok bool, err error) {
-	err = inNamespace(namespace, func() error {
+func (o osAddresses) has(namespace string, addr netip.Addr) (iface string, ok bool, err error) {
+	err = o.in(namespace, func() error {
 		iface, ok, err = vip.Has(addr)
 		return err
 	})
 	return iface, ok, err
 }
 
-func (osAddresses) local(namespace string) ([]netip.Addr, error) {
+func (o osAddresses) route(addr netip.Addr) (iface string, err error) {
+	err = o.in(hostNamespace, func() error {
+		iface, err = vip.Route(addr)
+		return err
+	})
+	return iface, err
+}
+
+func (o osAddresses) local(namespace string) ([]netip.Addr, error) {
 	var out []netip.Addr
 	look := func() error {
 		all, err := net.InterfaceAddrs()
@@ -354,9 +385,9 @@ func (osAddresses) local(namespace string) ([]netip.Addr, error) {
 		}
 		return err
 	}
-	if err := look(); err != nil || namespace == "" {
+	if err := o.in(hostNamespace, look); err != nil || namespace == hostNamespace {
 		return out, err
 	}
-	err := inNamespace(namespace, look)
+	err := o.in(namespace, look)
 	return out, err
 }

@@ -49,7 +49,9 @@ type world struct {
 	listening bool
 	backlog   uint32
 	queue     uint32
-	vip       bool
+	vip       map[string]bool // by namespace
+	routed    string          // where the node routes the VIP
+	others    []*pb.AppStatus // other applications
 	running   bool
 	frozen    bool
 	lossy     map[string]int // handshakes to lose, by remote
@@ -118,6 +120,17 @@ func (w *world) SnapshotStart(_ context.Context, r *connect.Request[pb.SnapshotS
 	defer w.mu.Unlock()
 	w.events = append(w.events, fmt.Sprintf("sockets=%d,ports=%v", len(r.Msg.Sockets), r.Msg.ListenPorts))
 	return connect.NewResponse(&pb.LearnReply{Unlearned: w.unlearned}), nil
+}
+
+func (w *world) Adopt(_ context.Context, r *connect.Request[pb.AdoptRequest]) (*connect.Response[pb.AdoptReply], error) {
+	_, err := w.step("ADOPT", []string{control.StateConnected, control.StateRestored}, w.state)
+	if err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.events = append(w.events, fmt.Sprintf("sockets=%d", len(r.Msg.Sockets)))
+	return connect.NewResponse(&pb.AdoptReply{App: "redis", State: w.state, Adopted: uint32(len(r.Msg.Sockets))}), nil
 }
 
 func (w *world) SnapshotFreeze(_ context.Context, r *connect.Request[pb.SnapshotFreezeRequest]) (*reply, error) {
@@ -195,6 +208,7 @@ func (w *world) Status(context.Context, *connect.Request[pb.StatusRequest]) (*co
 		r.Apps = []*pb.AppStatus{{Name: "redis", State: w.state, SnapshotId: w.id, Connections: under}}
 		w.finish()
 	}
+	r.Apps = append(r.Apps, w.others...)
 	return connect.NewResponse(r), nil
 }
 
@@ -260,24 +274,36 @@ func (w *world) Destroy(k sockdiag.Socket) error {
 
 func (w *world) Close() error { return nil }
 
-func (w *world) add(_, iface string, _ netip.Addr) error {
+func (w *world) add(ns, iface string, _ netip.Addr) error {
 	w.mu.Lock()
-	w.vip = true
+	w.vip[ns] = true
 	w.mu.Unlock()
-	return w.do("vip+" + iface)
+	return w.do("vip+" + ns + iface)
 }
 
-func (w *world) remove(_, iface string, _ netip.Addr) error {
+func (w *world) remove(ns, iface string, _ netip.Addr) error {
 	w.mu.Lock()
-	w.vip = false
+	w.vip[ns] = false
 	w.mu.Unlock()
-	return w.do("vip-" + iface)
+	return w.do("vip-" + ns + iface)
 }
 
-func (w *world) has(string, netip.Addr) (string, bool, error) {
+func (w *world) has(ns string, _ netip.Addr) (string, bool, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return "eth0", w.vip, nil
+	if err := w.fail["has-"+ns]; err != nil {
+		return "", false, err
+	}
+	if ns != hostNamespace {
+		return "lo", w.vip[ns], nil
+	}
+	return "eth0", w.vip[ns], nil
+}
+
+func (w *world) route(netip.Addr) (string, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.routed, w.fail["route"]
 }
 
 func (w *world) local(string) ([]netip.Addr, error) {
@@ -362,7 +388,7 @@ func newWorld(t *testing.T, n int) (*world, *agent) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	w := &world{fail: map[string]error{}, hook: map[string]func(){}, lossy: map[string]int{},
-		stopAgent: cancel, state: control.StateConnected, running: true, listening: true, vip: true, backlog: 64}
+		stopAgent: cancel, state: control.StateConnected, running: true, listening: true, vip: map[string]bool{"": true}, routed: "veth1", backlog: 64}
 	for i := range n {
 		remote := netip.AddrPortFrom(client, uint16(20000+i)).String()
 		w.socks = append(w.socks, sock(remote, sockdiag.Established))
@@ -375,7 +401,7 @@ func newWorld(t *testing.T, n int) (*world, *agent) {
 	app.Checkpoint = config.Checkpoint{Engine: config.EngineRestart, Boundary: "turn", Before: []string{"save"},
 		DrainTimeout: config.Duration(60 * time.Millisecond), Quiet: config.Duration(time.Millisecond)}
 	cfg := &config.Config{Apps: map[string]*config.App{"redis": app}}
-	cfg.Node.Name, cfg.Node.Interface = "node-a", "eth0"
+	cfg.Node.Name, cfg.Node.Interface, cfg.Node.StateDir = "node-a", "eth0", t.TempDir()
 	shared := t.TempDir()
 	cfg.SharedDir = shared
 	a := newAgent(ctx, Options{SharedDir: shared, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))}, cfg, w)
@@ -410,3 +436,5 @@ func writeFile(t *testing.T, path, text string) {
 		t.Fatal(err)
 	}
 }
+
+func quietLog() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }

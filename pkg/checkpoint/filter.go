@@ -144,10 +144,21 @@ type scope struct {
 	listening                          map[uint16]bool
 }
 
-func (a *agent) newScope(app *config.App, listeners []sockdiag.Socket) (*scope, error) {
+func (a *agent) newScope(ctx context.Context, app *config.App, listeners []sockdiag.Socket) (*scope, error) {
 	own, err := a.addrs.local(app.Process.Namespace)
 	if err != nil {
 		return nil, fmt.Errorf("addresses of this node: %w", err)
+	}
+	all, err := a.filter.Status(ctx, connect.NewRequest(&pb.StatusRequest{}))
+	if err != nil {
+		return nil, filterError(err, app.Name, "STATUS")
+	}
+	for _, o := range all.Msg.Apps { // other VIPs may be in namespaces of this node
+		for _, v := range o.Vips {
+			if ip, err := netip.ParseAddr(v); err == nil && o.State != control.StateUnknown {
+				own = append(own, ip.Unmap())
+			}
+		}
 	}
 	f := a.config().Cluster.Filter
 	s := &scope{
@@ -162,8 +173,8 @@ func (a *agent) newScope(app *config.App, listeners []sockdiag.Socket) (*scope, 
 	return s, nil
 }
 
-// sameHost tells that both ends are on this node: such a connection goes over
-// lo and is never filtered.
+// sameHost tells that both ends are on this node: such a connection is never
+// filtered.
 func (s *scope) sameHost(k sockdiag.Socket) bool {
 	r := k.Remote.Addr().Unmap()
 	return r.IsLoopback() || slices.Contains(s.own, r)

@@ -211,7 +211,7 @@ func TestDrain(t *testing.T) {
 	t.Run("no DSACK", func(t *testing.T) {
 		w, a := newWorld(t, 2)
 		w.socks[1].Info = &sockdiag.TCPInfo{Options: sockdiag.Options{SACK: true}}
-		a.sysctl = func(name string) string { return map[string]string{"net/ipv4/tcp_dsack": "0\n"}[name] }
+		a.sysctl = func(_, name string) string { return map[string]string{"net/ipv4/tcp_dsack": "0\n"}[name] }
 		_, err := snapshotOnce(t.Context(), a, false)
 		if err == nil || !strings.Contains(err.Error(), "sysctl -w net.ipv4.tcp_dsack=1") {
 			t.Errorf("error %v", err)
@@ -271,7 +271,7 @@ func TestDrain(t *testing.T) {
 func TestAccountOfOneSocket(t *testing.T) {
 	w, a := newWorld(t, 1)
 	ls, _ := w.Listeners(nil, nil)
-	s, err := a.newScope(a.cfg.Apps["redis"], ls)
+	s, err := a.newScope(t.Context(), a.cfg.Apps["redis"], ls)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -442,7 +442,7 @@ func TestRestorePace(t *testing.T) {
 func TestStartStop(t *testing.T) {
 	fresh := func(t *testing.T) (*world, *agent) {
 		w, a := newWorld(t, 0)
-		w.state, w.running, w.listening, w.vip = "", false, false, false
+		w.state, w.running, w.listening, w.vip[""] = "", false, false, false
 		return w, a
 	}
 	w, a := fresh(t)
@@ -476,12 +476,12 @@ func TestStartStop(t *testing.T) {
 		}
 		wantTrace(t, w, steps)
 	}
-	w, a = newWorld(t, 0)
+	w, a = newWorld(t, 2)
 	w.state = ""
 	if r, err := a.start(t.Context(), "redis"); err != nil || len(r.Notes) != 1 {
 		t.Errorf("adopt: %v, %v", r, err)
 	}
-	wantTrace(t, w, "REGISTER")
+	wantTrace(t, w, "REGISTER list ADOPT sockets=2")
 	w, a = newWorld(t, 0)
 	w.running, w.listening = false, false
 	if _, err := a.start(t.Context(), "redis"); err != nil {
@@ -531,19 +531,3 @@ func TestOneOperationAtATime(t *testing.T) {
 
 // An agent that was killed midway leaves states that abort and a new agent
 // take back.
-func TestUndoLeft(t *testing.T) {
-	w, a := newWorld(t, 2)
-	w.state, w.frozen = control.StateSnapshotFreeze, true
-	a.recover(t.Context())
-	wantRunning(t, w, control.StateRestored)
-	w, a = newWorld(t, 2)
-	w.state = control.StateRestoreStart
-	r, err := a.Abort(t.Context(), connect.NewRequest(&pb.AgentAbortRequest{App: "redis"}))
-	if err != nil || r.Msg.State != control.StateSnapshotDone || w.running {
-		t.Errorf("%v, %v, running %v", r, err, w.running)
-	}
-	_, err = a.Abort(t.Context(), connect.NewRequest(&pb.AgentAbortRequest{App: "redis"}))
-	if connect.CodeOf(err) != connect.CodeFailedPrecondition {
-		t.Errorf("nothing to abort: %v", err)
-	}
-}

@@ -150,9 +150,15 @@ func (l *osLauncher) start(app *config.App) (process, error) {
 	if err != nil {
 		return nil, err
 	}
-	group := l.startInCgroup(app, cmd)
+	mark := randomHex(8)
+	cmd.Env = append(cmd.Env, startVariable+"="+mark)
+	if err := saveRecord(l.stateDir, record{App: app.Name, BootID: bootID(), Mark: mark}); err != nil {
+		return nil, fmt.Errorf("record of %s: %w; nothing was started", app.Name, err)
+	}
+	group := l.startInCgroup(app, cmd, mark)
 	if group == "" {
 		if err := startIn(app.Process.Namespace, cmd); err != nil {
+			l.forget(app.Name)
 			return nil, fmt.Errorf("start %s: %w", app.Name, err)
 		}
 	}
@@ -163,7 +169,7 @@ func (l *osLauncher) start(app *config.App) (process, error) {
 	}
 	p := &osProcess{child: make(chan struct{}), rec: record{
 		App: app.Name, PID: st.pid, StartTime: st.start, BootID: bootID(),
-		Cgroup: string(group), OwnSession: true, OwnGroup: true,
+		Cgroup: string(group), OwnSession: true, OwnGroup: true, Mark: mark,
 	}}
 	p.ended = func() { l.forget(app.Name) }
 	l.children.Go(func() {
@@ -189,11 +195,11 @@ func (l *osLauncher) forget(app string) {
 // startInCgroup starts the command inside a new cgroup (clone3 with
 // CLONE_INTO_CGROUP); "" when that is not possible here and nothing was
 // started.
-func (l *osLauncher) startInCgroup(app *config.App, cmd *exec.Cmd) cgroup {
+func (l *osLauncher) startInCgroup(app *config.App, cmd *exec.Cmd, mark string) cgroup {
 	if l.noCgroup {
 		return ""
 	}
-	c, err := newCgroup(app.Name, randomHex(4))
+	c, err := newCgroup(app.Name, mark)
 	if err != nil {
 		l.log.Debug("no cgroup for the application, it is stopped by signals", "app", app.Name, "err", err)
 		return ""
@@ -249,6 +255,16 @@ func (l *osLauncher) find(app *config.App) (process, error) {
 	if err != nil {
 		return nil, err
 	}
+	if rec != nil && rec.PID == 0 { // an agent was killed while it started it
+		if rec, err = findMarked(*rec); err != nil {
+			return nil, err
+		}
+		if rec == nil {
+			l.forget(app.Name)
+		} else if err := saveRecord(l.stateDir, *rec); err != nil {
+			return nil, fmt.Errorf("record of %s: %w", app.Name, err)
+		}
+	}
 	if rec != nil {
 		p := &osProcess{rec: *rec, ended: func() { l.forget(app.Name) }}
 		if p.alive() {
@@ -268,6 +284,12 @@ func (l *osLauncher) find(app *config.App) (process, error) {
 	st, err := readStat(pid)
 	if err != nil || st.gone() {
 		return nil, nil // a stale pid_file
+	}
+	if why, err := stale(app, st); err != nil || why != "" {
+		if why != "" {
+			l.log.Warn("the process that pid_file names is not taken for the application", "app", app.Name, "why", why)
+		}
+		return nil, err
 	}
 	r := record{App: app.Name, PID: pid, StartTime: st.start, BootID: bootID(),
 		OwnSession: st.sid == pid, OwnGroup: st.pgid == pid, Adopted: true}

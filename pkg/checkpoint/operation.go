@@ -5,13 +5,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
 
 var (
@@ -30,22 +34,52 @@ type operation struct {
 	started time.Time
 
 	mu     sync.Mutex
-	sealed bool // no way back: abort is refused
-	phases []phase
-	detail string
+	sealed bool   // no way back: abort is refused
+	fail   string // phase at which the process is to be killed
+
+	intended bool // there is a record of it
+	handedOn bool // to an operation that is begun anew: its record stays
+	quiet    bool // not worth a line in the log
+	phases   []phase
+	detail   string
+	waited   time.Duration // for a filter that was not there
 }
 
 type phase struct {
-	name    string
-	started time.Time
+	name     string
+	started  time.Time
+	inFilter time.Duration // of it, waiting for answers of the filter
+}
+
+type operationKey struct{}
+
+// underWay tells whether the operation has changed anything yet: its first
+// phase only looks.
+func (o *operation) underWay() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.phases) > 1
+}
+
+// outage adds d to the time that the operation has waited for the filter, and
+// returns the sum.
+func (o *operation) outage(d time.Duration) time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.waited += d
+	return o.waited
 }
 
 // enter begins the next phase.
 func (o *operation) enter(name string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.phases = append(o.phases, phase{name, time.Now()})
+	o.phases = append(o.phases, phase{name: name, started: time.Now()})
 	o.detail = ""
+	if o.fail == name {
+		_ = unix.Kill(os.Getpid(), unix.SIGKILL)
+		select {} // not for long
+	}
 }
 
 // note sets what a terminal shows beside the phase.
@@ -76,25 +110,44 @@ func (o *operation) commit() error {
 	return nil
 }
 
-// times gives "phase=1.2ms ..." for the log; repeated phases are added up.
-func (o *operation) times(end time.Time) slog.Attr {
+// inFilter adds the time of a request to the filter to the phase under way.
+func (o *operation) inFilter(d time.Duration) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	var order []string
-	sum := map[string]time.Duration{}
+	if n := len(o.phases); n > 0 {
+		o.phases[n-1].inFilter += d
+	}
+}
+
+// took gives how long each phase took until now; repeated ones are added up.
+func (o *operation) took() []*pb.Phase {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	const ms = float64(time.Millisecond)
+	end := time.Now()
+	var out []*pb.Phase
 	for i, p := range o.phases {
 		until := end
 		if i+1 < len(o.phases) {
 			until = o.phases[i+1].started
 		}
-		if _, ok := sum[p.name]; !ok {
-			order = append(order, p.name)
+		at := slices.IndexFunc(out, func(x *pb.Phase) bool { return x.Name == p.name })
+		if at < 0 {
+			at = len(out)
+			out = append(out, &pb.Phase{Name: p.name})
 		}
-		sum[p.name] += until.Sub(p.started)
+		out[at].Ms += float64(until.Sub(p.started)) / ms
+		out[at].FilterMs += float64(p.inFilter) / ms
 	}
-	attrs := make([]any, 0, len(order))
-	for _, name := range order {
-		attrs = append(attrs, slog.String(strings.ReplaceAll(name, " ", "-"), sum[name].Round(time.Microsecond).String()))
+	return out
+}
+
+// times gives "phase=1.2ms ..." for the log.
+func (o *operation) times() slog.Attr {
+	var attrs []any
+	for _, p := range o.took() {
+		d := time.Duration(p.Ms * float64(time.Millisecond))
+		attrs = append(attrs, slog.String(strings.ReplaceAll(p.Name, " ", "-"), d.Round(time.Microsecond).String()))
 	}
 	return slog.Group("phases", attrs...)
 }
@@ -112,8 +165,11 @@ func (a *agent) begin(ctx context.Context, app, name string) (*operation, error)
 				name, app, other.name, time.Since(other.started).Round(time.Millisecond)))
 	}
 	o := &operation{app: app, name: name, started: time.Now()}
-	o.ctx, o.cancel = context.WithCancelCause(ctx)
+	o.ctx, o.cancel = context.WithCancelCause(context.WithValue(ctx, operationKey{}, o))
 	o.unhook = context.AfterFunc(a.root, func() { o.cancel(errStopping) })
+	if n, p, _ := strings.Cut(a.o.Failpoint, "/"); n == name {
+		o.fail = p
+	}
 	a.ops[app] = o
 	a.wg.Add(1)
 	return o, nil
@@ -123,11 +179,19 @@ func (a *agent) begin(ctx context.Context, app, name string) (*operation, error)
 // restore that was asked for meanwhile.
 func (a *agent) finish(o *operation, err error) {
 	now := time.Now()
-	attrs := []any{"app", o.app, "took", now.Sub(o.started).Round(time.Microsecond).String(), o.times(now)}
-	if err != nil {
+	attrs := []any{"app", o.app, "took", now.Sub(o.started).Round(time.Microsecond).String(), o.times()}
+	switch {
+	case err != nil:
 		a.log.Warn(o.name+" failed", append(attrs, "err", err)...)
-	} else {
+	case !o.quiet:
 		a.log.Info(o.name+" done", attrs...)
+	}
+	// What could neither be ended nor taken back is known to whoever tries next.
+	known := o.intended || o.name == opRecover || o.name == opAbort || o.name == opStart
+	if known && !o.handedOn && (err == nil || !o.sealed) {
+		if err := a.intents.clear(o.app); err != nil {
+			a.log.Error("the record of an operation stays", "app", o.app, "err", err)
+		}
 	}
 	o.unhook()
 	o.cancel(nil)

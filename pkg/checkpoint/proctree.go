@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,6 +24,15 @@ func (s procStat) gone() bool { return s.state == 'Z' || s.state == 'X' || s.sta
 
 // stopped tells that the task takes no more steps.
 func (s procStat) stopped() bool { return s.state == 'T' || s.state == 't' || s.gone() }
+
+// began is when the process was started.
+func (s procStat) began() time.Time {
+	const ticks = 100 // USER_HZ is the same on every architecture that Go has
+	var now unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now)
+	age := time.Duration(now.Nano()) - time.Duration(s.start)*(time.Second/ticks)
+	return time.Now().Add(-age)
+}
 
 // parseStat reads one line of /proc/PID/stat. The command name may hold
 // anything, so the fields are counted from the last closing parenthesis.

@@ -20,6 +20,9 @@ type record struct {
 	OwnSession bool   `json:"own_session"`
 	OwnGroup   bool   `json:"own_group"`
 	Adopted    bool   `json:"adopted"`
+	// Mark is in the environment of the processes; with PID 0 nothing else is
+	// known of them yet.
+	Mark string `json:"mark,omitempty"`
 }
 
 func (r record) tree() tree {
@@ -52,7 +55,7 @@ func loadRecord(stateDir, app string) (*record, error) {
 	if err := json.Unmarshal(b, &r); err != nil {
 		return nil, fmt.Errorf("%s is damaged (%w); remove it once the application's process is known to be gone", path, err)
 	}
-	if r.App != app || r.PID <= 1 {
+	if r.App != app || r.PID <= 1 && (r.PID != 0 || r.Mark == "") {
 		return nil, fmt.Errorf("%s is not a record of %s; remove it once the application's process is known to be gone", path, app)
 	}
 	if r.BootID != bootID() {

@@ -25,6 +25,8 @@ type restoreRun struct {
 	id    string
 	socks sockets
 	proc  process
+
+	opening bool // RESTORED was sent
 }
 
 // restore brings an application back, and its connections with it.
@@ -61,20 +63,54 @@ func (a *agent) restore(ctx context.Context, name, id string) (reply *pb.AgentRe
 		return nil, failed(opRestore, name, st.State, err)
 	}
 	defer s.Close()
+	if err := a.intend(op, intent{SnapshotID: st.SnapshotId}); err != nil {
+		return nil, failed(opRestore, name, st.State, err)
+	}
+	// A process that nobody knows to run keeps the ports; its connections are held.
+	if left, err := a.processOf(app); err != nil {
+		return nil, failed(opRestore, name, st.State, err)
+	} else if left != nil {
+		a.log.Warn("a process of the application that is held still ran, it is ended", "app", name, "process", left.describe())
+		if err := left.stop(unix.SIGKILL, 0); err != nil {
+			return nil, failed(opRestore, name, st.State, err)
+		}
+		a.setProcess(name, nil)
+	}
 	r := &restoreRun{a: a, op: op, app: app, id: st.SnapshotId, socks: s}
 	if err := r.run(); err != nil {
 		return nil, r.rollBack(err)
 	}
-	return &pb.AgentReply{App: name, State: control.StateRestored}, nil
+	return &pb.AgentReply{App: name, State: control.StateRestored, Phases: op.took()}, nil
 }
 
 func (r *restoreRun) run() error {
-	for _, step := range []func() error{r.announce, r.clear, r.launch, r.reconnect, r.open} {
+	for _, step := range []func() error{r.place, r.announce, r.clear, r.launch} {
 		if err := step(); err != nil {
 			return err
 		}
 	}
-	return nil
+	for try := 1; ; try++ {
+		if err := r.reconnect(); err != nil {
+			return err
+		}
+		err := r.open()
+		// A connection that was reset just then is brought back once more, or
+		// the filter gives it up.
+		if try == openTries || !r.refusedToOpen(err) {
+			return err
+		}
+		r.a.log.Info("opening was refused, reconnecting once more", "app", r.app.Name, "err", err)
+	}
+}
+
+// openTries is how often connections are opened at most.
+const openTries = 5
+
+// refusedToOpen tells whether err is the filter's refusal for connections that
+// are not back.
+func (r *restoreRun) refusedToOpen(err error) bool {
+	return connect.CodeOf(err) == connect.CodeFailedPrecondition && control.Info(err).GetState() == control.StateRestoreStart &&
+		len(control.Info(err).GetConnections()) > 0
 }
 
 // rollBack ends what was started; the clients stay held.
@@ -82,15 +118,21 @@ func (r *restoreRun) rollBack(cause error) error {
 	r.op.enter("undo")
 	ctx, cancel := r.op.cleanup()
 	defer cancel()
+	state := ""
+	st, serr := r.a.status(ctx, r.app.Name)
+	if serr == nil && st.State == control.StateRestored {
+		// The answer was lost, or what followed it failed: clients speak with
+		// the new process already.
+		return failed(opRestore, r.app.Name, st.State, noted(cause, "; but its connections are open again and it runs"))
+	}
 	var err error
-	if r.proc != nil {
+	if r.proc != nil && (serr == nil || !r.opening) {
 		err = r.proc.stop(unix.SIGKILL, 0)
 		r.a.setProcess(r.app.Name, nil)
 	}
-	state := ""
-	st, serr := r.a.status(ctx, r.app.Name)
-	if serr == nil {
+	if serr == nil { // otherwise the application may be reached already
 		state = st.State
+		r.a.keepOnNode(r.app)
 		if state == control.StateRestoreStart {
 			var reply *connect.Response[pb.AppReply]
 			reply, serr = r.a.filter.RestoreAbort(ctx, connect.NewRequest(&pb.AppRequest{App: r.app.Name}))
@@ -110,6 +152,17 @@ func (r *restoreRun) announce() error {
 	_, err := r.a.filter.RestoreStart(r.op.ctx, connect.NewRequest(&pb.RestoreStartRequest{
 		App: r.app.Name, Ip: r.app.VIPs[0].String(), SnapshotId: r.id}))
 	return filterError(err, r.app.Name, control.RequestRestoreStart)
+}
+
+// place gives the application its VIPs where it runs in a network namespace;
+// that may be another one than before. The filter looks where they are when the
+// restore is announced.
+func (r *restoreRun) place() error {
+	if r.app.Process.Namespace == "" {
+		return nil
+	}
+	r.op.enter("address")
+	return r.a.addVIPs(&undo{op: r.op}, r.app)
 }
 
 // clear removes the old sockets: they would swallow the handshakes and keep
@@ -245,6 +298,7 @@ func (r *restoreRun) open() error {
 	}
 	ctx, cancel := r.op.cleanup()
 	defer cancel()
+	r.opening = true
 	_, err := r.a.filter.Restored(ctx, connect.NewRequest(&pb.RestoredRequest{App: r.app.Name}))
 	return filterError(err, r.app.Name, control.RequestRestored)
 }

@@ -44,8 +44,9 @@ func TestRealNamespace(t *testing.T) {
 	}
 	w, a := newWorld(t, 0)
 	w.state = ""
+	a.cfg.Node.Interface = "lo" // eth0 leads to the application
 	app := a.cfg.Apps["redis"]
-	app.Process.Namespace = n.Node().Path()
+	app.Process.Namespace = n.Client().Path()
 	app.Process.Start = []string{self}
 	app.Process.Environment = []string{listenEnv + "=192.0.2.100:6379"}
 	app.Process.ReadyTimeout = config.Duration(10 * time.Second)
@@ -53,8 +54,37 @@ func TestRealNamespace(t *testing.T) {
 	app.Checkpoint.DrainTimeout = config.Duration(time.Second)
 	l := &osLauncher{stateDir: t.TempDir(), log: a.log}
 	t.Cleanup(l.children.Wait)
-	a.launch, a.addrs = l, osAddresses{a.log}
+	a.launch, a.addrs = l, osAddresses{log: a.log, host: n.Node().Path()}
+	a.sysctl = func(_, name string) string {
+		var b []byte
+		_ = n.Node().Do(func() (err error) {
+			b, err = os.ReadFile("/proc/sys/" + name)
+			return err
+		})
+		return string(b)
+	}
 	a.openSockets = func(ns string) (sockets, error) { return sockdiag.OpenIn(namespacePath(ns)) }
+	// Without the node's help nobody would reach it.
+	wantError := func(want string) {
+		t.Helper()
+		if _, err := a.start(t.Context(), "redis"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("start: %v, want %q", err, want)
+		}
+		if _, ok, _ := a.addrs.has(app.Process.Namespace, testVIP); ok {
+			t.Error("a start that failed left the VIP")
+		}
+	}
+	wantError("no route to 192.0.2.100")
+	if err := n.Node().AddRoute(testnet.Iface, "192.0.2.100/32", n.ClientAddr()); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Node().Sysctl("net/ipv4/ip_forward", "0"); err != nil {
+		t.Fatal(err)
+	}
+	wantError("sysctl -w net.ipv4.ip_forward=1")
+	if err := n.Node().Sysctl("net/ipv4/ip_forward", "1"); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := a.start(t.Context(), "redis"); err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +97,7 @@ func TestRealNamespace(t *testing.T) {
 		t.Errorf("VIP on %q, %v, %v", iface, ok, err)
 	}
 	// A connection within the node is named and left out.
-	c, err := n.Node().Dial("tcp", "192.0.2.100:6379")
+	c, err := n.Client().Dial("tcp", "192.0.2.100:6379")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,8 +112,14 @@ func TestRealNamespace(t *testing.T) {
 	if p, err := a.processOf(app); p != nil || err != nil {
 		t.Errorf("it still runs: %v, %v", p, err)
 	}
+	if iface, err := a.addrs.route(testVIP); err != nil || iface != "" {
+		t.Errorf("while it is away the VIP is not the node's: %q %v", iface, err)
+	}
 	if _, err := a.restore(t.Context(), "redis", r.SnapshotId); err != nil {
 		t.Fatal(err)
+	}
+	if iface, err := a.addrs.route(testVIP); err != nil || iface != testnet.Iface {
+		t.Errorf("when it is back the VIP is reached by %q %v", iface, err)
 	}
 	if _, err := a.stop(t.Context(), "redis", false); err != nil {
 		t.Fatal(err)

@@ -2,13 +2,11 @@ package checkpoint
 
 import (
 	"context"
-	"errors"
 	"path/filepath"
 	"time"
 
 	"connectrpc.com/connect"
 
-	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
@@ -107,66 +105,4 @@ func (a *agent) abort(ctx context.Context, name string) (reply *pb.AgentReply, e
 	}
 	defer func() { a.finish(op, err) }()
 	return a.undoLeft(op, app)
-}
-
-// undoLeft takes back a snapshot or restore that nobody carries on.
-func (a *agent) undoLeft(op *operation, app *config.App) (*pb.AgentReply, error) {
-	op.enter("undo")
-	ctx, cancel := op.cleanup()
-	defer cancel()
-	st, err := a.status(ctx, app.Name)
-	if err != nil {
-		return nil, err
-	}
-	proc, err := a.processOf(app)
-	if err != nil {
-		return nil, failed(opAbort, app.Name, st.State, err)
-	}
-	var reply *connect.Response[pb.AppReply]
-	req := connect.NewRequest(&pb.AppRequest{App: app.Name})
-	switch st.State {
-	case control.StateSnapshotStart, control.StateSnapshotFreeze:
-		if proc != nil {
-			err = proc.thaw()
-		}
-		var ferr error
-		reply, ferr = a.filter.SnapshotAbort(ctx, req)
-		err = errors.Join(err, filterError(ferr, app.Name, control.RequestSnapshotAbort))
-	case control.StateRestoreStart:
-		r := &restoreRun{a: a, op: op, app: app, proc: proc}
-		if err := r.rollBack(errAborted); control.Info(err).GetState() != control.StateSnapshotDone {
-			return nil, err
-		}
-		return &pb.AgentReply{App: app.Name, State: control.StateSnapshotDone}, nil
-	default:
-		return nil, refused(opAbort, app.Name, st.State, "nothing is under way")
-	}
-	if err != nil {
-		return nil, failed(opAbort, app.Name, st.State, err)
-	}
-	return &pb.AgentReply{App: app.Name, State: reply.Msg.State}, nil
-}
-
-// recover undoes what a killed agent left half done, so that no process stays
-// stopped. It is no failure when the filter is not there yet.
-func (a *agent) recover(ctx context.Context) {
-	for name, app := range a.config().Apps {
-		st, err := a.status(ctx, name)
-		if err != nil {
-			a.log.Warn("state not known", "app", name, "err", err)
-			return
-		}
-		switch st.State {
-		case control.StateSnapshotStart, control.StateSnapshotFreeze, control.StateRestoreStart:
-		default:
-			continue
-		}
-		op, err := a.begin(ctx, name, opAbort)
-		if err != nil {
-			return
-		}
-		_, err = a.undoLeft(op, app)
-		a.finish(op, err)
-		a.log.Warn("undid what an earlier agent left", "app", name, "state", st.State, "err", err)
-	}
 }

@@ -46,6 +46,7 @@ type snapshotRun struct {
 	forced  []string        // what is missing of which connection
 	notes   []string        // what the operator should know
 	pending *pendingSnapshot
+	id      string // known from an earlier agent
 }
 
 // snapshot takes an application off its node while its clients stay connected.
@@ -73,6 +74,9 @@ func (a *agent) snapshot(ctx context.Context, req *pb.AgentSnapshotRequest) (rep
 		return &pb.AgentSnapshotReply{App: app.Name, SnapshotId: st.SnapshotId}, nil
 	default:
 		return nil, refused(opSnapshot, app.Name, st.State, "it is allowed in CONNECTED and RESTORED")
+	}
+	if err := a.intents.clear(app.Name); err != nil { // of an operation long past
+		return nil, failed(opSnapshot, app.Name, st.State, err)
 	}
 	proc, err := a.processOf(app)
 	if err == nil && proc == nil {
@@ -111,13 +115,12 @@ func (r *snapshotRun) run() (*pb.AgentSnapshotReply, error) {
 	return r.complete()
 }
 
-// rollBack lets the application run on: first its processes, then its clients.
+// rollBack lets the application run on.
 func (r *snapshotRun) rollBack(cause error) error {
 	r.op.enter("undo")
 	if r.pending != nil {
 		r.pending.discard()
 	}
-	err := r.proc.thaw()
 	ctx, cancel := r.op.cleanup()
 	defer cancel()
 	state := ""
@@ -132,6 +135,8 @@ func (r *snapshotRun) rollBack(cause error) error {
 			}
 		}
 	}
+	// After the filter: what it says while everything is sealed is lost.
+	err := r.proc.thaw()
 	if err = errors.Join(err, serr); err != nil {
 		// Both are told: the reason, and what was not taken back.
 		r.a.log.Error("snapshot not undone", "app", r.app.Name, "err", err)
@@ -159,7 +164,7 @@ func (r *snapshotRun) announce() error {
 	if err != nil {
 		return err
 	}
-	if r.scope, err = r.a.newScope(r.app, ls); err != nil {
+	if r.scope, err = r.a.newScope(r.op.ctx, r.app, ls); err != nil {
 		return err
 	}
 	all, err := r.socks.List(sockdiag.Query{Local: r.app.VIPs, Info: true})
@@ -169,15 +174,7 @@ func (r *snapshotRun) announce() error {
 	if err := r.dsack(all); err != nil {
 		return err
 	}
-	req := &pb.SnapshotStartRequest{App: r.app.Name, LeaveOut: r.force}
-	for _, l := range ls {
-		p := uint32(l.Local.Port())
-		if (len(r.scope.include) == 0 || slices.Contains(r.scope.include, p)) && !slices.Contains(r.scope.exclude, p) {
-			req.ListenPorts = append(req.ListenPorts, p)
-		}
-	}
-	slices.Sort(req.ListenPorts)
-	req.ListenPorts = slices.Compact(req.ListenPorts)
+	req := &pb.SnapshotStartRequest{App: r.app.Name, LeaveOut: r.force, ListenPorts: r.scope.listenPorts(ls)}
 	sameHost := 0
 	for _, k := range all {
 		switch {
@@ -211,13 +208,15 @@ func (r *snapshotRun) announce() error {
 // answers by the duplicate SACK in them (RFC 2883).
 func (r *snapshotRun) dsack(socks []sockdiag.Socket) error {
 	uses := slices.ContainsFunc(socks, func(k sockdiag.Socket) bool { return k.Info != nil && k.Info.Options.SACK })
-	if r.app.Process.Namespace != "" { // the value is that namespace's own
+	ns := r.app.Process.Namespace
+	if !uses || strings.TrimSpace(r.a.sysctl(ns, "net/ipv4/tcp_dsack")) != "0" {
 		return nil
 	}
-	if uses && strings.TrimSpace(r.a.sysctl("net/ipv4/tcp_dsack")) == "0" {
-		return errors.New("net.ipv4.tcp_dsack is 0, and without it connections cannot be learned; set it: sysctl -w net.ipv4.tcp_dsack=1")
+	where := ""
+	if ns != "" {
+		where = " in the network namespace " + ns
 	}
-	return nil
+	return fmt.Errorf("net.ipv4.tcp_dsack is 0%s, and without it connections cannot be learned; set it: sysctl -w net.ipv4.tcp_dsack=1", where)
 }
 
 func (r *snapshotRun) freeze() error {
@@ -267,11 +266,23 @@ func (r *snapshotRun) settle() error {
 // missing when the time is over.
 func (r *snapshotRun) drained(deadline time.Time) ([]string, error) {
 	r.op.enter("drain")
-	late := errors.New("drain time-out")
-	ctx, cancel := context.WithDeadlineCause(r.op.ctx, deadline, late)
+	for {
+		before := r.op.outage(0)
+		missing, err := r.drainUntil(deadline)
+		waited := r.op.outage(0) - before
+		if waited == 0 || !errors.Is(err, errDrain) {
+			return r.drainEnd(missing, err)
+		}
+		deadline = deadline.Add(waited) // nothing could drain while the filter was away
+	}
+}
+
+var errDrain = errors.New("drain time-out")
+
+func (r *snapshotRun) drainUntil(deadline time.Time) (missing []string, err error) {
+	ctx, cancel := context.WithDeadlineCause(r.op.ctx, deadline, errDrain)
 	defer cancel()
-	var missing []string
-	err := poll(ctx, drainPollFirst, drainPollMost, func() (bool, error) {
+	err = poll(ctx, drainPollFirst, drainPollMost, func() (bool, error) {
 		if !r.proc.alive() {
 			return false, fmt.Errorf("%s is gone, it ended during the snapshot", r.proc.describe())
 		}
@@ -283,10 +294,15 @@ func (r *snapshotRun) drained(deadline time.Time) ([]string, error) {
 		r.op.note("%d connections not accounted for", len(m))
 		return len(m) == 0, nil
 	})
-	if !errors.Is(err, late) {
+	return missing, err
+}
+
+// drainEnd decides what follows from a drain.
+func (r *snapshotRun) drainEnd(missing []string, err error) ([]string, error) {
+	switch {
+	case !errors.Is(err, errDrain):
 		return nil, err
-	}
-	if r.force {
+	case r.force:
 		return r.cut(missing)
 	}
 	return nil, control.Error(connect.CodeFailedPrecondition, r.app.Name, "",
@@ -353,7 +369,10 @@ func (r *snapshotRun) prepare() error {
 		return err
 	}
 	node, now := r.a.config().Node, time.Now().UTC()
-	m := Manifest{App: r.app.Name, ID: newSnapshotID(now), Node: node.Name, Time: now, Engine: config.EngineRestart}
+	if r.id == "" {
+		r.id = newSnapshotID(now)
+	}
+	m := Manifest{App: r.app.Name, ID: r.id, Node: node.Name, Time: now, Engine: config.EngineRestart}
 	if node.Address.IsValid() {
 		m.NodeAddress = node.Address.String()
 	}
@@ -364,6 +383,10 @@ func (r *snapshotRun) prepare() error {
 // seal is the point of no return: from here nothing of local reaches remotes.
 func (r *snapshotRun) seal() error {
 	r.op.enter("seal")
+	// From here on an agent that takes over goes forward.
+	if err := r.a.intend(r.op, intent{Sealed: true, SnapshotID: r.id, Force: r.force}); err != nil {
+		return err
+	}
 	if err := r.op.commit(); err != nil {
 		return err
 	}
@@ -377,12 +400,7 @@ func (r *snapshotRun) seal() error {
 // goes on to the end: clients must be held even where a step fails.
 func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
 	r.op.enter("kill")
-	err := r.proc.stop(stopSignal(r.app), r.app.Process.StopTimeout.Std())
-	if err == nil {
-		r.a.setProcess(r.app.Name, nil)
-	} else {
-		err = errors.Join(err, r.proc.stop(unix.SIGKILL, 0))
-	}
+	err := r.kill()
 	ctx, cancel := r.op.cleanup()
 	defer cancel()
 	r.op.enter("store")
@@ -398,15 +416,30 @@ func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
 	r.op.enter("hold")
 	state, herr := r.hold(ctx, id)
 	if err = errors.Join(err, herr); err != nil {
+		r.a.keepOnNode(r.app)
 		return nil, failed(opSnapshot, r.app.Name, state, err)
 	}
+	r.a.keepOnNode(r.app)
 	if perr := r.a.store.prune(r.app.Name, id); perr != nil {
 		r.a.log.Warn("old snapshots stay", "app", r.app.Name, "err", perr)
 	}
 	for _, f := range r.forced {
 		r.a.log.Warn("forced", "app", r.app.Name, "id", id, "connection", f)
 	}
-	return &pb.AgentSnapshotReply{App: r.app.Name, SnapshotId: id, Forced: r.forced, Notes: r.notes}, nil
+	return &pb.AgentSnapshotReply{App: r.app.Name, SnapshotId: id, Forced: r.forced, Notes: r.notes, Phases: r.op.took()}, nil
+}
+
+// kill ends the application's processes.
+func (r *snapshotRun) kill() error {
+	if r.proc == nil {
+		return nil
+	}
+	err := r.proc.stop(stopSignal(r.app), r.app.Process.StopTimeout.Std())
+	if err == nil {
+		r.a.setProcess(r.app.Name, nil)
+		return nil
+	}
+	return errors.Join(err, r.proc.stop(unix.SIGKILL, 0))
 }
 
 // hold makes the filter answer for the application, and gives the state after

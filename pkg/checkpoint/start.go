@@ -66,8 +66,16 @@ func (a *agent) start(ctx context.Context, name string) (reply *pb.AgentReply, e
 		return nil, refused(opStart, name, st.State, "wait for what is under way or abort it")
 	}
 	reply = &pb.AgentReply{App: name, State: st.State}
+	if proc != nil {
+		if err := proc.thaw(); err != nil { // an earlier agent may have left it stopped
+			return nil, failed(opStart, name, st.State, err)
+		}
+	}
 	if proc != nil && st.State != control.StateUnknown {
 		return reply, nil
+	}
+	if err := a.intend(op, intent{}); err != nil {
+		return nil, failed(opStart, name, st.State, err)
 	}
 	u := &undo{op: op}
 	if err := a.bringUp(u, app, proc, st.State == control.StateUnknown); err != nil {
@@ -75,7 +83,12 @@ func (a *agent) start(ctx context.Context, name string) (reply *pb.AgentReply, e
 		return nil, failed(opStart, name, st.State, err)
 	}
 	if proc != nil {
-		reply.Notes = append(reply.Notes, "adopted "+proc.describe())
+		r, err := a.adopt(op.ctx, app)
+		if err != nil {
+			u.run(a)
+			return nil, failed(opStart, name, st.State, err)
+		}
+		reply.Notes = append(reply.Notes, fmt.Sprintf("adopted %s with %d connections", proc.describe(), r.Adopted))
 	}
 	if st.State == control.StateUnknown {
 		reply.State = control.StateConnected
@@ -137,51 +150,6 @@ func (u *undo) run(a *agent) {
 func (a *agent) unregister(ctx context.Context, app string, force bool) error {
 	_, err := a.filter.Unregister(ctx, connect.NewRequest(&pb.UnregisterRequest{App: app, Force: force}))
 	return filterError(err, app, control.RequestUnregister)
-}
-
-// vipInterface tells where an application's VIPs belong: on the node's
-// interface, or inside its own namespace on lo, to which the host routes them.
-func (a *agent) vipInterface(app *config.App) (string, error) {
-	if app.Process.Namespace != "" {
-		return "lo", nil
-	}
-	if i := a.config().Node.Interface; i != "" {
-		return i, nil
-	}
-	return "", errors.New("the node file names no interface for the VIP; set interface")
-}
-
-// addVIPs adds the addresses that are not there yet.
-func (a *agent) addVIPs(u *undo, app *config.App) error {
-	ns := app.Process.Namespace
-	for _, v := range app.VIPs {
-		if _, ok, err := a.addrs.has(ns, v); err != nil {
-			return err
-		} else if ok {
-			continue
-		}
-		iface, err := a.vipInterface(app)
-		if err != nil {
-			return err
-		}
-		if err := a.addrs.add(ns, iface, v); err != nil {
-			return err
-		}
-		u.add(func(context.Context) error { return a.addrs.remove(ns, iface, v) })
-	}
-	return nil
-}
-
-func (a *agent) removeVIPs(app *config.App) error {
-	var all error
-	for _, v := range app.VIPs {
-		iface, ok, err := a.addrs.has(app.Process.Namespace, v)
-		if err == nil && ok {
-			err = a.addrs.remove(app.Process.Namespace, iface, v)
-		}
-		all = errors.Join(all, err)
-	}
-	return all
 }
 
 // startProcess starts the application and waits until it listens. With an
@@ -267,11 +235,17 @@ func (a *agent) stop(ctx context.Context, name string, discard bool) (reply *pb.
 	if err != nil {
 		return nil, err
 	}
+	if st.State == control.StateSnapshotFreeze && discard {
+		if st, err = a.endFreeze(op, app); err != nil {
+			return nil, failed(opStop, name, control.StateSnapshotFreeze, err)
+		}
+	}
 	switch {
 	case st.State == control.StateConnected, st.State == control.StateRestored:
 	case st.State == control.StateSnapshotDone && discard:
 	case st.State == control.StateSnapshotDone:
 		return nil, refused(opStop, name, st.State, "its held clients would be reset: say so with --discard")
+	case st.State == control.StateUnknown && a.halfStopped(app):
 	case st.State == control.StateUnknown:
 		return nil, refused(opStop, name, st.State, "there is nothing to stop")
 	default:
@@ -281,8 +255,9 @@ func (a *agent) stop(ctx context.Context, name string, discard bool) (reply *pb.
 	if err != nil {
 		return nil, failed(opStop, name, st.State, err)
 	}
-	ctx, cancel := op.cleanup() // half a stop helps nobody
-	defer cancel()
+	if err := a.intend(op, intent{Discard: discard}); err != nil {
+		return nil, failed(opStop, name, st.State, err)
+	}
 	if proc != nil {
 		op.enter("process")
 		if err := proc.stop(stopSignal(app), app.Process.StopTimeout.Std()); err != nil {
@@ -290,15 +265,38 @@ func (a *agent) stop(ctx context.Context, name string, discard bool) (reply *pb.
 		}
 		a.setProcess(name, nil)
 	}
+	ctx, cancel := op.cleanup() // half a stop helps nobody
+	defer cancel()
 	op.enter("unregister")
-	if err := a.unregister(ctx, name, true); err != nil {
-		return nil, err
+	if st.State != control.StateUnknown {
+		if err := a.unregister(ctx, name, true); err != nil {
+			return nil, err
+		}
 	}
 	op.enter("address")
 	if err := a.removeVIPs(app); err != nil {
 		return nil, failed(opStop, name, control.StateUnknown, err)
 	}
 	return &pb.AgentReply{App: name}, nil
+}
+
+// endFreeze brings a snapshot that nobody carries on to its end or takes it
+// back.
+func (a *agent) endFreeze(op *operation, app *config.App) (*pb.AppStatus, error) {
+	in, err := a.intents.load(app.Name)
+	if err != nil {
+		a.log.Error("an operation of an earlier agent is not known", "app", app.Name, "err", err)
+	}
+	if _, _, err := a.resume(op, app, in); err != nil {
+		return nil, err
+	}
+	return a.status(op.ctx, app.Name)
+}
+
+// halfStopped tells that an earlier stop got as far as the filter.
+func (a *agent) halfStopped(app *config.App) bool {
+	in, err := a.intents.load(app.Name)
+	return err == nil && in != nil && in.Op == opStop
 }
 
 // stopSignal is the application's stop signal; the configuration has checked

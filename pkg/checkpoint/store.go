@@ -73,6 +73,11 @@ func (s store) begin(m Manifest, conns *nfconnfilterv1.ConnInfoReply) (*pendingS
 	}
 	m.Version = manifestVersion
 	p := &pendingSnapshot{final: filepath.Join(app, m.ID), manifest: m}
+	if _, err := os.Stat(p.final); err == nil { // an earlier agent got that far
+		if err := os.RemoveAll(p.final); err != nil {
+			return nil, fmt.Errorf("snapshot store: %w", err)
+		}
+	}
 	temp, err := os.MkdirTemp(app, ".new-"+m.ID+"-") // mode 0700
 	if err != nil {
 		return nil, fmt.Errorf("snapshot store: %w", err)

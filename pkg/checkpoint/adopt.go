@@ -1,0 +1,126 @@
+package checkpoint
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+)
+
+const (
+	// adoptLook is how often the agent looks whether the filter was started anew.
+	adoptLook = 2 * time.Second
+	// adoptEvery is how often the filter is told which sockets there are: the
+	// end of a translated connection may have been silent.
+	adoptEvery = time.Minute
+)
+
+// keepAdopted tells the filter of the sockets of running applications, at
+// once after a start of it and now and then, until ctx ends.
+func (a *agent) keepAdopted(ctx context.Context) {
+	var instance string
+	var last time.Time
+	tick := time.NewTicker(adoptLook)
+	defer tick.Stop()
+	for {
+		if st, err := a.filter.Status(ctx, connect.NewRequest(&pb.StatusRequest{})); err == nil {
+			if st.Msg.Instance != instance || time.Since(last) >= adoptEvery {
+				if a.adoptAll(ctx, st.Msg.Apps) {
+					instance, last = st.Msg.Instance, time.Now()
+				}
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// adoptAll looks at every running application that nothing is done with. It
+// tells whether it got everywhere.
+func (a *agent) adoptAll(ctx context.Context, apps []*pb.AppStatus) bool {
+	all := true
+	for _, st := range apps {
+		app := a.config().Apps[st.Name]
+		running := st.State == control.StateConnected || st.State == control.StateRestored
+		if app == nil || !running || a.busy(st.Name) {
+			continue
+		}
+		_, err := a.adopt(ctx, app)
+		if connect.CodeOf(err) == connect.CodeFailedPrecondition { // an operation has begun
+			continue
+		}
+		if err != nil && ctx.Err() == nil {
+			a.log.Warn("the filter was not told of the application's sockets", "app", st.Name, "err", err)
+			all = false
+		}
+	}
+	return all
+}
+
+func (a *agent) busy(app string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.ops[app] != nil
+}
+
+// adopt hands the application's sockets to the filter.
+func (a *agent) adopt(ctx context.Context, app *config.App) (*pb.AdoptReply, error) {
+	s, err := a.openSockets(app.Process.Namespace)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close()
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return nil, err
+	}
+	ls, err := s.Listeners(app.VIPs, nil)
+	if err != nil {
+		return nil, err
+	}
+	scope, err := a.newScope(ctx, app, ls)
+	if err != nil {
+		return nil, err
+	}
+	all, err := s.List(sockdiag.Query{Local: app.VIPs, Info: true})
+	if err != nil {
+		return nil, err
+	}
+	req := &pb.AdoptRequest{App: app.Name, ListenPorts: scope.listenPorts(ls), ListedAtNs: ts.Nano()}
+	for _, k := range all {
+		if !scope.sameHost(k) && scope.wants(k) {
+			req.Sockets = append(req.Sockets, socketMessage(k, scope.passive(k)))
+		}
+	}
+	r, err := a.filter.Adopt(ctx, connect.NewRequest(req))
+	if err != nil {
+		return nil, filterError(err, app.Name, control.RequestAdopt)
+	}
+	if r.Msg.Adopted > 0 || r.Msg.Forgotten > 0 {
+		a.log.Info("the filter was told of the application's sockets", "app", app.Name, "new", r.Msg.Adopted, "gone", r.Msg.Forgotten)
+	}
+	return r.Msg, nil
+}
+
+// listenPorts are those of the listeners that the filter looks at.
+func (s *scope) listenPorts(listeners []sockdiag.Socket) []uint32 {
+	var out []uint32
+	for _, l := range listeners {
+		p := uint32(l.Local.Port())
+		if (len(s.include) == 0 || slices.Contains(s.include, p)) && !slices.Contains(s.exclude, p) {
+			out = append(out, p)
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}

@@ -1,0 +1,74 @@
+package checkpoint
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// intent is what an operation is about to do, on the disk before it does it
+// and gone when it has ended: state_dir/agent/APP.op.json. With the filter's
+// state and the process it tells a new agent how to go on.
+type intent struct {
+	App    string `json:"app"`
+	Op     string `json:"op"`
+	BootID string `json:"boot_id"`
+	// Sealed: the snapshot cannot be taken back, it is brought to its end.
+	Sealed     bool   `json:"sealed,omitempty"`
+	SnapshotID string `json:"snapshot_id,omitempty"`
+	Force      bool   `json:"force,omitempty"`
+	Discard    bool   `json:"discard,omitempty"`
+}
+
+// intents keeps them.
+type intents struct{ stateDir string }
+
+func (s intents) path(app string) string {
+	return filepath.Join(s.stateDir, "agent", app+".op.json")
+}
+
+// save writes an intent durably.
+func (s intents) save(in intent) error {
+	in.BootID = cmp.Or(in.BootID, bootID())
+	path := s.path(in.App)
+	b, err := json.Marshal(in)
+	if err == nil {
+		err = os.MkdirAll(filepath.Dir(path), 0o700)
+	}
+	if err == nil {
+		err = writeAtomic(path, append(b, '\n'), 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("record of the %s of %s: %w", in.Op, in.App, err)
+	}
+	return nil
+}
+
+// load reads what an earlier agent was about to do with the application; nil
+// when nothing. One that cannot be read counts as none: state and process
+// decide alone.
+func (s intents) load(app string) (*intent, error) {
+	b, err := os.ReadFile(s.path(app))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var in intent
+	if err := json.Unmarshal(b, &in); err != nil || in.App != app {
+		return nil, fmt.Errorf("%s is damaged and is not looked at (%w)", s.path(app), err)
+	}
+	return &in, nil
+}
+
+func (s intents) clear(app string) error {
+	err := os.Remove(s.path(app))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,306 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+)
+
+const (
+	// recoverFirst bounds the first look at the filter, before the agent serves.
+	recoverFirst = 3 * time.Second
+	// recoverAgain is the wait between looks for a filter that is not there.
+	recoverAgain = time.Second
+)
+
+// recover brings what an earlier agent left half done to its end, or undoes
+// it. Applications of which the filter cannot be asked now are looked at as
+// soon as it can.
+func (a *agent) recover(ctx context.Context) {
+	first, cancel := context.WithTimeout(ctx, recoverFirst)
+	defer cancel()
+	var later []*config.App
+	for _, app := range a.config().Apps {
+		if !a.recoverApp(first, app) {
+			later = append(later, app)
+		}
+	}
+	if len(later) == 0 {
+		return
+	}
+	a.log.Warn("the filter is not there; what an earlier agent left is looked at when it is", "applications", len(later))
+	a.wg.Go(func() {
+		for len(later) > 0 {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(recoverAgain):
+			}
+			var still []*config.App
+			for _, app := range later {
+				if !a.recoverApp(ctx, app) {
+					still = append(still, app)
+				}
+			}
+			later = still
+		}
+	})
+}
+
+// recoverApp tells whether it could look.
+func (a *agent) recoverApp(ctx context.Context, app *config.App) bool {
+	if _, err := a.status(ctx, app.Name); err != nil {
+		return false
+	}
+	op, err := a.begin(ctx, app.Name, opRecover)
+	if err != nil {
+		return a.root.Err() != nil // somebody is quicker; see again later
+	}
+	in, err := a.intents.load(app.Name)
+	if err != nil {
+		a.log.Error("an operation of an earlier agent is not known", "app", app.Name, "err", err)
+	}
+	did, again, err := a.resume(op, app, in)
+	switch {
+	case err != nil:
+		a.log.Error("what an earlier agent left could not be brought to an end", "app", app.Name, "err", err)
+	case did != "":
+		a.log.Warn("an earlier agent ended in the middle of its work: "+did, "app", app.Name)
+	}
+	op.quiet, op.handedOn = did == "" && err == nil, again != nil
+	a.finish(op, err)
+	if again != nil && err == nil {
+		a.wg.Go(func() {
+			if err := again(); err != nil {
+				a.log.Error("what an earlier agent began failed", "app", app.Name, "err", err)
+			}
+		})
+	}
+	return true
+}
+
+// resume decides by the filter's state, the process and the intent how to go
+// on with an application that nobody works on. did says what was done, ""
+// where nothing was; again is what is to be begun anew afterwards.
+func (a *agent) resume(op *operation, app *config.App, in *intent) (did string, again func() error, err error) {
+	op.enter("look")
+	ctx, cancel := op.cleanup()
+	defer cancel()
+	st, err := a.status(ctx, app.Name)
+	if err != nil {
+		return "", nil, err
+	}
+	proc, err := a.processOf(app)
+	if err != nil {
+		return "", nil, err
+	}
+	if in == nil {
+		in = &intent{App: app.Name}
+	}
+	switch st.State {
+	case control.StateSnapshotStart, control.StateSnapshotFreeze:
+		return a.resumeSnapshot(op, app, in, st, proc)
+	case control.StateRestoreStart:
+		return a.resumeRestore(op, app, in, proc)
+	case control.StateSnapshotDone:
+		return a.resumeHeld(op, app, in, proc)
+	}
+	return a.resumeRunning(app, in, st, proc)
+}
+
+// resumeSnapshot gives a snapshot up, or, where that is not possible any more,
+// brings it to its end.
+func (a *agent) resumeSnapshot(op *operation, app *config.App, in *intent, st *pb.AppStatus, proc process) (string, func() error, error) {
+	if !in.Sealed && proc != nil {
+		op.enter("undo")
+		ctx, cancel := op.cleanup()
+		defer cancel()
+		// First the filter: after the seal what the application says is lost.
+		_, err := a.filter.SnapshotAbort(ctx, connect.NewRequest(&pb.AppRequest{App: app.Name}))
+		if err == nil {
+			return "its snapshot was given up and the application runs on", nil, proc.thaw()
+		}
+		if connect.CodeOf(err) != connect.CodeFailedPrecondition {
+			return "", nil, filterError(err, app.Name, control.RequestSnapshotAbort)
+		}
+	}
+	if st.State == control.StateSnapshotStart { // its process ended by itself
+		op.enter("undo")
+		ctx, cancel := op.cleanup()
+		defer cancel()
+		_, err := a.filter.SnapshotAbort(ctx, connect.NewRequest(&pb.AppRequest{App: app.Name}))
+		return "its snapshot was given up; the application does not run", nil, filterError(err, app.Name, control.RequestSnapshotAbort)
+	}
+	id, err := a.goForward(op, app, in, proc)
+	return "its snapshot was brought to its end, the connections are held as " + id, nil, err
+}
+
+// goForward completes a snapshot from the seal on; every step may be repeated.
+func (a *agent) goForward(op *operation, app *config.App, in *intent, proc process) (string, error) {
+	s, err := a.openSockets(app.Process.Namespace)
+	switch {
+	case err == nil:
+		defer s.Close()
+	case !errors.Is(err, os.ErrNotExist): // a namespace goes with its last process; nothing is looked at any more
+		return "", err
+	}
+	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, force: in.Force || !in.Sealed, leftOut: map[string]bool{}, id: in.SnapshotID}
+	if err := r.prepare(); err != nil {
+		return "", err
+	}
+	if err := r.seal(); err != nil {
+		return "", err
+	}
+	reply, err := r.complete()
+	if err != nil {
+		st, serr := a.status(op.ctx, app.Name)
+		if serr != nil || st.State != control.StateSnapshotDone {
+			return "", err
+		}
+		a.log.Warn("the snapshot is complete, with something missing", "app", app.Name, "err", err)
+		return st.SnapshotId, nil
+	}
+	return reply.SnapshotId, nil
+}
+
+// resumeRestore undoes a restore that no client has seen anything of, and
+// begins it anew.
+func (a *agent) resumeRestore(op *operation, app *config.App, in *intent, proc process) (string, func() error, error) {
+	r := &restoreRun{a: a, op: op, app: app, proc: proc}
+	if err := r.rollBack(errAborted); control.Info(err).GetState() != control.StateSnapshotDone {
+		return "", nil, err
+	}
+	if in.Op == opAbort {
+		return "its restore was undone", nil, nil
+	}
+	return "its restore is begun anew", func() error {
+		_, err := a.restore(a.root, app.Name, "")
+		return err
+	}, nil
+}
+
+// resumeHeld sees that an application that is held is really gone and its
+// addresses are there: after a reboot they are not.
+func (a *agent) resumeHeld(op *operation, app *config.App, in *intent, proc process) (string, func() error, error) {
+	did := ""
+	if proc != nil {
+		op.enter("kill")
+		if err := proc.stop(unix.SIGKILL, 0); err != nil {
+			return "", nil, err
+		}
+		a.setProcess(app.Name, nil)
+		did = "its process, whose connections are held, was ended"
+	}
+	op.enter("address")
+	u := &undo{op: op}
+	if err := a.heldVIPs(u, app); err != nil {
+		return did, nil, err
+	}
+	if did == "" && len(u.steps) > 0 {
+		did = "its addresses are on the node again"
+	}
+	switch in.Op {
+	case opRestore:
+		return "its restore is begun anew", func() error {
+			_, err := a.restore(a.root, app.Name, "")
+			return err
+		}, nil
+	case opStop:
+		if in.Discard {
+			return "its stop is brought to its end", func() error {
+				_, err := a.stop(a.root, app.Name, true)
+				return err
+			}, nil
+		}
+	}
+	return did, nil, nil
+}
+
+// heldVIPs puts the addresses of an application that is away on the node.
+func (a *agent) heldVIPs(u *undo, app *config.App) error {
+	if app.Process.Namespace != hostNamespace {
+		return a.putOnNode(app)
+	}
+	return a.addVIPs(u, app)
+}
+
+// resumeRunning lets every process run on, and repeats a start or stop that was
+// under way.
+func (a *agent) resumeRunning(app *config.App, in *intent, st *pb.AppStatus, proc process) (did string, again func() error, err error) {
+	if proc != nil {
+		if err := proc.thaw(); err != nil {
+			return "", nil, err
+		}
+	}
+	if in.BootID != bootID() {
+		return "", nil, nil // nothing of it is left
+	}
+	switch in.Op {
+	case opStart:
+		return "its start is repeated", func() error {
+			_, err := a.start(a.root, app.Name)
+			return err
+		}, nil
+	case opStop:
+		return "its stop is brought to its end", func() error {
+			_, err := a.stop(a.root, app.Name, in.Discard)
+			return err
+		}, nil
+	}
+	return "", nil, nil
+}
+
+// undoLeft takes back, at an operator's request, a snapshot or restore that
+// nobody carries on.
+func (a *agent) undoLeft(op *operation, app *config.App) (*pb.AgentReply, error) {
+	ctx, cancel := op.cleanup()
+	defer cancel()
+	st, err := a.status(ctx, app.Name)
+	if err != nil {
+		return nil, err
+	}
+	switch st.State {
+	case control.StateSnapshotStart, control.StateSnapshotFreeze, control.StateRestoreStart:
+	default:
+		return nil, refused(opAbort, app.Name, st.State, "nothing is under way")
+	}
+	in, err := a.intents.load(app.Name)
+	if err != nil {
+		a.log.Error("an operation of an earlier agent is not known", "app", app.Name, "err", err)
+	}
+	if in == nil {
+		in = &intent{App: app.Name}
+	}
+	in.Op = opAbort
+	if _, _, err := a.resume(op, app, in); err != nil {
+		return nil, failed(opAbort, app.Name, st.State, err)
+	}
+	after, err := a.status(ctx, app.Name)
+	if err != nil {
+		return nil, err
+	}
+	if st.State != control.StateRestoreStart && after.State == control.StateSnapshotDone {
+		return nil, failed(opAbort, app.Name, after.State, errors.New(
+			"it was too late, its process had ended or could not go on; its connections are held, ckptctl restore brings it back"))
+	}
+	return &pb.AgentReply{App: app.Name, State: after.State}, nil
+}
+
+// intend records what the operation is about to do.
+func (a *agent) intend(op *operation, in intent) error {
+	in.App, in.Op = op.app, op.name
+	if err := a.intents.save(in); err != nil {
+		return fmt.Errorf("%w; nothing was done", err)
+	}
+	op.intended = true
+	return nil
+}
