@@ -157,6 +157,7 @@ type fakeAgent struct {
 	notes    []string
 	err      error
 	forced   []string
+	phases   []*nfconnfilterv1.Phase
 	list     []*nfconnfilterv1.SnapshotInfo
 	hang     chan struct{} // an operation lasts until it is closed, Abort, or the caller is gone
 	abortErr error
@@ -186,7 +187,7 @@ func (a *fakeAgent) reply(ctx context.Context, name, app string, m interface{ St
 	if err := a.work(ctx); err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&nfconnfilterv1.AgentReply{App: app, State: a.state, Notes: a.notes}), nil
+	return connect.NewResponse(&nfconnfilterv1.AgentReply{App: app, State: a.state, Notes: a.notes, Phases: a.phases}), nil
 }
 
 func (a *fakeAgent) Start(ctx context.Context, r *connect.Request[nfconnfilterv1.AgentStartRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error) {
@@ -216,7 +217,7 @@ func (a *fakeAgent) Snapshot(ctx context.Context, r *connect.Request[nfconnfilte
 	if err := a.work(ctx); err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&nfconnfilterv1.AgentSnapshotReply{App: r.Msg.App, SnapshotId: "20261122T153000Z-1a2b3c", Forced: a.forced}), nil
+	return connect.NewResponse(&nfconnfilterv1.AgentSnapshotReply{App: r.Msg.App, SnapshotId: "20261122T153000Z-1a2b3c", Forced: a.forced, Phases: a.phases}), nil
 }
 func (a *fakeAgent) Snapshots(_ context.Context, r *connect.Request[nfconnfilterv1.AgentSnapshotsRequest]) (*connect.Response[nfconnfilterv1.AgentSnapshotsReply], error) {
 	a.note("Snapshots", r.Msg)
@@ -341,6 +342,12 @@ func TestSnapshot(t *testing.T) {
 	r.want(0, `{"app":"redis","snapshot_id":"20261122T153000Z-1a2b3c","forced":["192.0.2.100:6379 198.51.100.7:4000: 3 bytes <not> read"]}`+"\n",
 		"snapshot", "redis", "--output=json")
 
+	r.agent.forced, r.agent.phases = nil, []*nfconnfilterv1.Phase{{Name: "drain", Ms: 51.23456, FilterMs: 0.5}, {Name: "seal"}}
+	phases := `,"phases":[{"name":"drain","ms":51.235,"filter_ms":0.5},{"name":"seal","ms":0,"filter_ms":0}]}` + "\n"
+	r.want(0, `{"app":"redis","snapshot_id":"20261122T153000Z-1a2b3c","forced":[]`+phases, "snapshot", "redis", "-o", "json")
+	r.agent.state = "RESTORED"
+	r.want(0, `{"app":"redis","state":"RESTORED"`+phases, "restore", "redis", "-o", "json")
+
 	r.want(0, "[]\n", "snapshots", "-o", "json")
 	r.want(0, "APP  ID  NODE  TIME  ENGINE\n", "snapshots")
 	r.agent.list = []*nfconnfilterv1.SnapshotInfo{{App: "redis", Id: "20261122T153000Z-1a2b3c", Node: "node-a", Time: "2026-11-22T15:30:00Z", Engine: "restart"}}
@@ -367,9 +374,9 @@ func TestStatus(t *testing.T) {
 		`{"name":"web","vip":["192.0.2.101","2001:db8::1"],"state":"CONNECTED","snapshot_id":"","restore_requested":false,"connections":{},`+
 		`"bytes_in":0,"bytes_out":0,"kept_bytes":0,"pending_syns":0,"reasons":{"pass":4}}]}`+"\n", "status", "-o", "json")
 	r.want(0, ""+
-		"APP    VIP                      STATE         SNAPSHOT  RESTORE-REQUESTED  CONNECTIONS          BYTES-IN             BYTES-OUT\n"+
-		"redis  192.0.2.100              SNAPSHOTDONE  S-1       yes                CONNECTRMT=20,RST=1  1152921504606846976  2\n"+
-		"web    192.0.2.101,2001:db8::1  CONNECTED     -         no                 -                    0                    0\n", "status")
+		"APP    VIP                      STATE         SNAPSHOT  RESTORE-REQUESTED  CONNECTIONS          BYTES-IN             BYTES-OUT  KEPT-BYTES  PENDING-SYNS\n"+
+		"redis  192.0.2.100              SNAPSHOTDONE  S-1       yes                CONNECTRMT=20,RST=1  1152921504606846976  2          0           0\n"+
+		"web    192.0.2.101,2001:db8::1  CONNECTED     -         no                 -                    0                    0          0           0\n", "status")
 	if got := r.filter.last(); got != "Status" {
 		t.Errorf("sent %s", got)
 	}

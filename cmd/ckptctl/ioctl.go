@@ -36,6 +36,7 @@ type ioctlRequest struct {
 var ioctlRequests = []ioctlRequest{
 	{control.RequestRegister, []string{"VIP[,VIP]"}, []string{"ports", "outgoing-ports", "exclude-ports"}, ioctlRegister},
 	{control.RequestUnregister, nil, []string{"force"}, ioctlUnregister},
+	{control.RequestAdopt, nil, []string{"namespace"}, ioctlAdopt},
 	{control.RequestSnapshotStart, nil, []string{"learn-timeout", "leave-out", "namespace"}, ioctlSnapshotStart},
 	{control.RequestSnapshotFreeze, nil, []string{"boundary", "quiet"}, ioctlSnapshotFreeze},
 	{control.RequestSeal, nil, nil, ioctlSeal},
@@ -80,7 +81,7 @@ exits with 1; one that took effect already succeeds again.
 
 Requests:` + ioctlUsage() + `
 
-SNAPSHOTSTART finds the application's sockets itself and needs root.`,
+ADOPT and SNAPSHOTSTART find the application's sockets themselves and need root.`,
 		Example: `  ckptctl ioctl GETCONNCOUNT redis
   ckptctl ioctl REGISTER redis 192.0.2.100 --ports 6379
   ckptctl ioctl RESTORECONN redis 192.0.2.100:6379 198.51.100.7:40000 syn`,
@@ -106,7 +107,7 @@ SNAPSHOTSTART finds the application's sockets itself and needs root.`,
 	f.StringVar(&fl.exclude, "exclude-ports", "", "REGISTER: `PORTS` that are left alone")
 	f.DurationVar(&fl.learnTimeout, "learn-timeout", 0, "SNAPSHOTSTART: how long learning may take, as a `DURATION`; 0: the filter's own")
 	f.BoolVar(&fl.leaveOut, "leave-out", false, "SNAPSHOTSTART: leave out and reset what cannot be learned")
-	f.StringVar(&fl.namespace, "namespace", "", "SNAPSHOTSTART: network namespace (`NAME` or path) that the application runs in")
+	f.StringVar(&fl.namespace, "namespace", "", "ADOPT, SNAPSHOTSTART: network namespace (`NAME` or path) that the application runs in")
 	f.StringVar(&fl.boundary, "boundary", control.BoundaryTurn, "SNAPSHOTFREEZE: where a connection may freeze: `turn|line|resp|now`")
 	f.DurationVar(&fl.quiet, "quiet", 50*time.Millisecond, "SNAPSHOTFREEZE: silence that counts as finished, as a `DURATION`")
 	f.BoolVar(&fl.resetMissing, "reset-missing", false, "RESTORED: reset connections that did not come back")

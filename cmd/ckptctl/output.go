@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -65,7 +66,27 @@ type appJSON struct {
 	State      string   `json:"state"`
 	SnapshotID string   `json:"snapshot_id,omitempty"`
 	Notes      []string `json:"notes,omitempty"`
+
+	Phases []phaseJSON `json:"phases,omitempty"`
 }
+
+// phaseJSON is how long a step of an operation took, and how much of that the
+// filter.
+type phaseJSON struct {
+	Name     string  `json:"name"`
+	MS       float64 `json:"ms"`
+	FilterMS float64 `json:"filter_ms"`
+}
+
+func phasesOf(list []*nfconnfilterv1.Phase) []phaseJSON {
+	out := make([]phaseJSON, 0, len(list))
+	for _, p := range list {
+		out = append(out, phaseJSON{p.Name, round3(p.Ms), round3(p.FilterMs)})
+	}
+	return out
+}
+
+func round3(ms float64) float64 { return math.Round(ms*1000) / 1000 }
 
 // printApp prints the outcome of a request that leads to a state; notes are
 // for the person at the terminal.
@@ -92,6 +113,14 @@ type statusJSON struct {
 	Node             string          `json:"node"`
 	ConfigGeneration uint64          `json:"config_generation"`
 	Apps             []appStatusJSON `json:"apps"`
+	Limits           []limitJSON     `json:"limits,omitempty"`
+}
+
+type limitJSON struct {
+	Name   string `json:"name"`
+	Used   uint64 `json:"used"`
+	Max    uint64 `json:"max"`
+	PerApp bool   `json:"per_app"`
 }
 
 type appStatusJSON struct {
@@ -125,6 +154,9 @@ func (v vipJSON) MarshalJSON() ([]byte, error) {
 
 func statusOf(r *nfconnfilterv1.StatusReply) statusJSON {
 	s := statusJSON{Node: r.Node, ConfigGeneration: r.ConfigGeneration, Apps: []appStatusJSON{}}
+	for _, l := range r.Limits {
+		s.Limits = append(s.Limits, limitJSON{l.Name, l.Used, l.Max, l.PerApp})
+	}
 	for _, a := range r.Apps {
 		conns := map[string]uint32{}
 		for state, n := range a.Connections {
@@ -149,7 +181,7 @@ func (s statusJSON) rows() [][]string {
 			conns = append(conns, fmt.Sprintf("%s=%d", state, a.Connections[state]))
 		}
 		rows = append(rows, []string{a.Name, dash(strings.Join(a.VIP, ",")), stateWord(a.State), dash(a.SnapshotID), yesNo(a.RestoreRequested),
-			dash(strings.Join(conns, ",")), fmt.Sprint(a.BytesIn), fmt.Sprint(a.BytesOut)})
+			dash(strings.Join(conns, ",")), fmt.Sprint(a.BytesIn), fmt.Sprint(a.BytesOut), fmt.Sprint(a.KeptBytes), fmt.Sprint(a.PendingSYNs)})
 	}
 	return rows
 }
@@ -227,6 +259,8 @@ type snapshotJSON struct {
 	App        string   `json:"app"`
 	SnapshotID string   `json:"snapshot_id"`
 	Forced     []string `json:"forced"`
+
+	Phases []phaseJSON `json:"phases,omitempty"`
 }
 
 type snapshotInfoJSON struct {

@@ -43,19 +43,12 @@ func ioctlSnapshotStart(c *cli, ctx context.Context, f *control.FilterClient, ap
 	if fl.learnTimeout < 0 {
 		return usagef("--learn-timeout %v: it cannot be negative", fl.learnTimeout)
 	}
-	vips, err := appVIPs(ctx, f, app)
+	socks, listeners, err := appSockets(ctx, f, app, fl)
 	if err != nil {
 		return err
 	}
-	socks, listeners, err := findSockets(fl.namespace, vips)
-	if err != nil {
-		if errors.Is(err, unix.EPERM) || os.Geteuid() != 0 {
-			return fmt.Errorf("the application's sockets cannot be listed, be root: %w", err)
-		}
-		return fmt.Errorf("the application's sockets cannot be listed: %w", err)
-	}
 	req := &nfconnfilterv1.SnapshotStartRequest{App: app, LearnTimeoutMs: fl.learnTimeout.Milliseconds(), LeaveOut: fl.leaveOut}
-	req.Sockets, req.ListenPorts = describeSockets(socks, listeners)
+	req.Sockets, req.ListenPorts = describeSockets(socks, listeners, false)
 	r, err := f.SnapshotStart(ctx, connect.NewRequest(req))
 	if err != nil {
 		return err
@@ -72,6 +65,50 @@ func ioctlSnapshotStart(c *cli, ctx context.Context, f *control.FilterClient, ap
 		fmt.Fprintf(c.err, "not learned: %s\n", u)
 	}
 	_, err = fmt.Fprintf(c.out, "%s: %s, %d connections learned, %d not\n", app, stateWord(r.Msg.State), r.Msg.Learned, len(r.Msg.Unlearned))
+	return err
+}
+
+// appSockets lists the sockets on the addresses of an application that the
+// filter knows.
+func appSockets(ctx context.Context, f *control.FilterClient, app string, fl *ioctlFlags) (socks, listeners []sockdiag.Socket, err error) {
+	vips, err := appVIPs(ctx, f, app)
+	if err != nil {
+		return nil, nil, err
+	}
+	socks, listeners, err = findSockets(fl.namespace, vips)
+	if err != nil && (errors.Is(err, unix.EPERM) || os.Geteuid() != 0) {
+		err = fmt.Errorf("the application's sockets cannot be listed, be root: %w", err)
+	} else if err != nil {
+		err = fmt.Errorf("the application's sockets cannot be listed: %w", err)
+	}
+	return socks, listeners, err
+}
+
+// ioctlAdopt tells the filter of the application's sockets as the agent does.
+func ioctlAdopt(c *cli, ctx context.Context, f *control.FilterClient, app string, _ []string, fl *ioctlFlags) error {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return err
+	}
+	socks, listeners, err := appSockets(ctx, f, app, fl)
+	if err != nil {
+		return err
+	}
+	req := &nfconnfilterv1.AdoptRequest{App: app, ListedAtNs: ts.Nano()}
+	req.Sockets, req.ListenPorts = describeSockets(socks, listeners, true)
+	r, err := f.Adopt(ctx, connect.NewRequest(req))
+	if err != nil {
+		return err
+	}
+	if c.output == "json" {
+		return writeJSON(c.out, struct {
+			App       string `json:"app"`
+			State     string `json:"state"`
+			Adopted   uint32 `json:"adopted"`
+			Forgotten uint32 `json:"forgotten"`
+		}{app, r.Msg.State, r.Msg.Adopted, r.Msg.Forgotten})
+	}
+	_, err = fmt.Fprintf(c.out, "%s: %s, %d connections adopted, %d forgotten\n", app, stateWord(r.Msg.State), r.Msg.Adopted, r.Msg.Forgotten)
 	return err
 }
 
@@ -100,8 +137,9 @@ func appVIPs(ctx context.Context, f *control.FilterClient, app string) ([]netip.
 }
 
 // describeSockets puts sockets into the filter's terms. What has no state that
-// could be kept (TIME_WAIT, handshakes not finished) is left out.
-func describeSockets(socks, listeners []sockdiag.Socket) ([]*nfconnfilterv1.Socket, []uint32) {
+// could be kept (handshakes not finished, and TIME_WAIT unless it is wanted)
+// is left out.
+func describeSockets(socks, listeners []sockdiag.Socket, timeWait bool) ([]*nfconnfilterv1.Socket, []uint32) {
 	var ports []uint32
 	for _, l := range listeners {
 		ports = append(ports, uint32(l.Local.Port()))
@@ -111,7 +149,11 @@ func describeSockets(socks, listeners []sockdiag.Socket) ([]*nfconnfilterv1.Sock
 	var out []*nfconnfilterv1.Socket
 	for _, s := range socks {
 		switch s.State {
-		case sockdiag.TimeWait, sockdiag.SynSent, sockdiag.SynReceived, sockdiag.NewSynReceived, sockdiag.Listen, sockdiag.Closed:
+		case sockdiag.TimeWait:
+			if !timeWait {
+				continue
+			}
+		case sockdiag.SynSent, sockdiag.SynReceived, sockdiag.NewSynReceived, sockdiag.Listen, sockdiag.Closed:
 			continue
 		}
 		_, passive := slices.BinarySearch(ports, uint32(s.Local.Port()))

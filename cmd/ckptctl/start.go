@@ -42,5 +42,5 @@ func (c *cli) printAgent(r *connect.Response[nfconnfilterv1.AgentReply], err err
 	if err != nil {
 		return err
 	}
-	return c.printApp(appJSON{App: r.Msg.App, State: r.Msg.State, Notes: r.Msg.Notes})
+	return c.printApp(appJSON{App: r.Msg.App, State: r.Msg.State, Notes: r.Msg.Notes, Phases: phasesOf(r.Msg.Phases)})
 }

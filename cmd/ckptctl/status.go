@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -17,6 +18,9 @@ func (c *cli) statusCommand() *cobra.Command {
 		Long: `status asks the filter for one application or for all: state, current
 snapshot, whether a client has asked for a restore, connections by state, and
 payload bytes in and out. Allowed in any state.
+
+A limit of the filter that is used to nine tenths or more is named on standard
+error; in JSON limits has all of them.
 
 In JSON, vip is text as in the application's file, or a list when there are
 two addresses; connection states without a connection are left out.`,
@@ -40,7 +44,12 @@ two addresses; connection states without a connection are left out.`,
 				if c.output == "json" {
 					return writeJSON(c.out, s)
 				}
-				return writeTable(c.out, "APP VIP STATE SNAPSHOT RESTORE-REQUESTED CONNECTIONS BYTES-IN BYTES-OUT", s.rows())
+				for _, l := range s.Limits {
+					if l.Used*10 >= l.Max*9 {
+						fmt.Fprintf(c.err, "limit %s: %d of %d are used; see [limits] in the node's file\n", l.Name, l.Used, l.Max)
+					}
+				}
+				return writeTable(c.out, "APP VIP STATE SNAPSHOT RESTORE-REQUESTED CONNECTIONS BYTES-IN BYTES-OUT KEPT-BYTES PENDING-SYNS", s.rows())
 			})
 		}),
 	}
