@@ -30,7 +30,7 @@ http {
 	keepalive_timeout 3600s;
 	keepalive_requests 1000000;
 	server {
-		listen %[2]s:80;
+		listen %[2]s;
 		root %[1]s/app/www;
 	}
 }
@@ -71,7 +71,9 @@ func page(i int) string {
 }
 
 // TestNginxKeepalive takes nginx, master and workers, away under its clients.
-func TestNginxKeepalive(t *testing.T) {
+func TestNginxKeepalive(t *testing.T) { nginx(t, vip, at(80), at(80)) }
+
+func nginx(t *testing.T, vips, listen string, dial ...string) {
 	const pages, perPage = 10, 3
 	n := newNode(t, harness.Options{Name: "nginx"})
 	must(t, os.MkdirAll(n.Path("app", "www"), 0o755))
@@ -79,14 +81,14 @@ func TestNginxKeepalive(t *testing.T) {
 		must(t, os.WriteFile(n.Path("app", "www", fmt.Sprintf("%d.txt", i)), []byte(page(i)), 0o644))
 	}
 	must(t, os.Chmod(n.Dir, 0o755)) // the workers are another user
-	must(t, os.WriteFile(n.Path("app", "nginx.conf"), fmt.Appendf(nil, nginxConf, n.Dir, vip), 0o644))
-	must(t, n.WriteApp(harness.App{Name: "web", VIP: vip, Ports: []int{80},
+	must(t, os.WriteFile(n.Path("app", "nginx.conf"), fmt.Appendf(nil, nginxConf, n.Dir, listen), 0o644))
+	must(t, n.WriteApp(harness.App{Name: "web", VIP: vips, Ports: []int{80},
 		Start: []string{"nginx", "-c", "@app/nginx.conf", "-p", "@app"}}))
 	must(t, n.Up())
 	must(t, n.Ctl("start", "web").Err())
 	var all []*httpClient
 	for i := range pages * perPage {
-		conn, err := n.Dial(vip + ":80")
+		conn, err := n.Dial(dial[i%len(dial)])
 		must(t, err)
 		t.Cleanup(func() { conn.Close() })
 		c := &httpClient{conn: conn, r: bufio.NewReader(conn)}
@@ -116,7 +118,7 @@ func TestConntrackInvalidDrop(t *testing.T) {
 		"strict":  "-A INPUT -p tcp --syn --dport 6379 -m conntrack --ctstate NEW -j ACCEPT",
 	} {
 		t.Run(name, func(t *testing.T) {
-			behindFirewall(t,
+			behindFirewall(t, harness.Redis("redis", vip),
 				"-A INPUT -m conntrack --ctstate INVALID -j DROP",
 				"-A OUTPUT -m conntrack --ctstate INVALID -j DROP",
 				"-A INPUT -i lo -j ACCEPT",
@@ -127,13 +129,21 @@ func TestConntrackInvalidDrop(t *testing.T) {
 	}
 }
 
-func behindFirewall(t *testing.T, rules ...string) {
-	n := newNode(t, harness.Options{Name: "ct", Apps: []harness.App{harness.Redis("redis", vip)}})
+func behindFirewall(t *testing.T, app harness.App, rules ...string) {
+	n := newNode(t, harness.Options{Name: "ct", Apps: []harness.App{app}})
 	for _, rule := range rules {
-		out, err := n.Net.Node().Command("iptables", strings.Fields(rule)...).CombinedOutput()
+		out, err := n.Net.Node().Command(iptables(), strings.Fields(rule)...).CombinedOutput()
 		if err != nil {
-			t.Fatalf("iptables %s: %v\n%s", rule, err, out)
+			t.Fatalf("%s %s: %v\n%s", iptables(), rule, err, out)
 		}
+	}
+	must(t, n.Net.Node().Sysctl("net/netfilter/nf_conntrack_tcp_loose", "0"))
+	if ns := n.Behind("redis"); ns != nil { // which may have a firewall of its own
+		out, err := ns.Command("sh", "-ec", "for c in INPUT OUTPUT; do "+iptables()+" -A $c -m conntrack --ctstate INVALID -j DROP; done").CombinedOutput()
+		if err != nil {
+			t.Fatalf("iptables: %v\n%s", err, out)
+		}
+		must(t, ns.Sysctl("net/netfilter/nf_conntrack_tcp_loose", "0"))
 	}
 	must(t, n.Up())
 	load := redisClients(t, n, 100)
@@ -154,7 +164,7 @@ func behindFirewall(t *testing.T, rules ...string) {
 // its boundary.
 func TestDrainTimeoutAborts(t *testing.T) {
 	n, load := redisUp(t, harness.Options{Name: "drain"}, 20)
-	busy, err := clients.DialRaw(n.Dial, vip+":6379")
+	busy, err := clients.DialRaw(n.Dial, at(6379))
 	must(t, err)
 	defer busy.Close()
 	const size = 1 << 20

@@ -16,13 +16,13 @@ import (
 // hold without this project, or the other tests would prove nothing.
 func TestPlainRedis(t *testing.T) {
 	n := newNode(t, harness.Options{Name: "plain"})
-	must(t, n.Net.Node().AddAddr(testnet.Iface, vip+"/32"))
+	must(t, n.Net.Node().AddAddr(testnet.Iface, prefix()))
 	cmd := n.Net.Node().Command("redis-server", "--bind", vip, "--port", "6379", "--save", "", "--dir", n.Path("app"),
 		"--protected-mode", "no", "--maxclients", "8000")
 	must(t, cmd.Start())
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	must(t, harness.Wait(10*time.Second, "redis answers", func() bool {
-		c, err := n.Dial(vip + ":6379")
+		c, err := n.Dial(at(6379))
 		if err == nil {
 			c.Close()
 		}
@@ -68,12 +68,14 @@ func TestKeepaliveStrict(t *testing.T) {
 func bulkApp(n *harness.Node, counts string) harness.App {
 	return harness.App{
 		Name: "count", VIP: vip, Ports: []int{9000},
-		Start: []string{filepath.Join(toolDir, "bytecount"), "-listen", vip + ":9000", "-file", counts, "-rate", fmt.Sprint(2 << 20)},
+		Start: []string{filepath.Join(toolDir, "bytecount"), "-listen", at(9000), "-file", counts, "-rate", fmt.Sprint(2 << 20)},
 	}
 }
 
 // TestBulkWriters takes a forced snapshot while clients write 16 MiB each.
-func TestBulkWriters(t *testing.T) {
+func TestBulkWriters(t *testing.T) { bulkWriters(t, false, hold()) }
+
+func bulkWriters(t *testing.T, behind bool, pause time.Duration) {
 	const (
 		writers = 8
 		total   = 16 << 20
@@ -88,7 +90,9 @@ func TestBulkWriters(t *testing.T) {
 	counts, err := clients.OpenCountFile(path)
 	must(t, err)
 	t.Cleanup(func() { counts.Close() })
-	must(t, n.WriteApp(bulkApp(n, path)))
+	app := bulkApp(n, path)
+	app.Namespace = behind
+	must(t, n.WriteApp(app))
 	must(t, n.Up())
 	must(t, n.Ctl("start", "count").Err())
 
@@ -99,10 +103,10 @@ func TestBulkWriters(t *testing.T) {
 	)
 	ws := make([]*clients.ByteWriter, writers)
 	for i := range ws {
-		ws[i], err = clients.DialByteWriter(n.Dial, vip+":9000", total, clients.Mixed[i%len(clients.Mixed)])
+		ws[i], err = clients.DialByteWriter(n.Dial, at(9000), total, clients.Mixed[i%len(clients.Mixed)])
 		must(t, err)
 		t.Cleanup(func() { ws[i].Close() })
-		wg.Go(func() { errs[i] = ws[i].Run(time.Now().Add(hold() + 2*time.Minute)) })
+		wg.Go(func() { errs[i] = ws[i].Run(time.Now().Add(pause + 2*time.Minute)) })
 	}
 	t.Cleanup(func() { // before the writers are closed, so that a failure ends soon
 		for _, w := range ws {
@@ -126,9 +130,13 @@ func TestBulkWriters(t *testing.T) {
 			t.Fatalf("writer %d had finished before the snapshot", i)
 		}
 	}
-	time.Sleep(hold())
+	time.Sleep(pause)
 	gone(t, n, "bytecount")
-	if req := sched.Requests(); len(req) == 0 || req[0] != "Restore 010.077.000.100\r\n" {
+	want := "Restore 010.077.000.100\r\n"
+	if overIPv6() {
+		want = "Restore fd77:0000:0000:0000:0000:0000:0000:0100\r\n"
+	}
+	if req := sched.Requests(); len(req) == 0 || req[0] != want {
 		t.Errorf("restore requests: %q", req)
 	}
 

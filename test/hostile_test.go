@@ -99,14 +99,25 @@ func post(c net.Conn, path, body string, answer *[]byte) error {
 	return err
 }
 
-// forge makes an IPv4 packet with a TCP segment; damage may alter it.
+// forge makes a packet with a TCP segment; damage may alter it. The TCP header
+// begins at tcpAt.
 func forge(src, dst net.Addr, tcp layers.TCP, payload []byte, damage func(ip []byte)) []byte {
 	s, d := src.(*net.TCPAddr), dst.(*net.TCPAddr)
-	ip := &layers.IPv4{Version: 4, IHL: 5, TTL: 64, Protocol: layers.IPProtocolTCP, SrcIP: s.IP.To4(), DstIP: d.IP.To4()}
-	tcp.SrcPort, tcp.DstPort = layers.TCPPort(s.Port), layers.TCPPort(d.Port)
-	if err := tcp.SetNetworkLayerForChecksum(ip); err != nil {
-		panic(err)
+	var ip gopacket.SerializableLayer
+	if s.IP.To4() != nil {
+		l := &layers.IPv4{Version: 4, IHL: 5, TTL: 64, Protocol: layers.IPProtocolTCP, SrcIP: s.IP.To4(), DstIP: d.IP.To4()}
+		if err := tcp.SetNetworkLayerForChecksum(l); err != nil {
+			panic(err)
+		}
+		ip = l
+	} else {
+		l := &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: layers.IPProtocolTCP, SrcIP: s.IP, DstIP: d.IP}
+		if err := tcp.SetNetworkLayerForChecksum(l); err != nil {
+			panic(err)
+		}
+		ip = l
 	}
+	tcp.SrcPort, tcp.DstPort = layers.TCPPort(s.Port), layers.TCPPort(d.Port)
 	buf := gopacket.NewSerializeBuffer()
 	err := gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, ip, &tcp, gopacket.Payload(payload))
 	if err != nil {
@@ -119,24 +130,55 @@ func forge(src, dst net.Addr, tcp layers.TCP, payload []byte, damage func(ip []b
 	return b
 }
 
+// tcpAt is the offset of the TCP header of a forged packet.
+func tcpAt(b []byte) int {
+	if b[0]>>4 == 6 {
+		return 40
+	}
+	return 20
+}
+
+// cut leaves eight octets of the TCP header.
+func cut(b []byte) []byte {
+	b = b[:tcpAt(b)+8]
+	if b[0]>>4 == 6 { // with IPv4 the kernel writes the length
+		b[4], b[5] = 0, 8
+	}
+	return b
+}
+
 // resum makes the TCP checksum right again, so that other damage is looked at.
 func resum(b []byte) {
-	b[36], b[37] = 0, 0
-	sum := checksum(&layers.IPv4{SrcIP: b[12:16], DstIP: b[16:20]}, b[20:])
-	b[36], b[37] = byte(sum>>8), byte(sum)
+	t := b[tcpAt(b):]
+	t[16], t[17] = 0, 0
+	src, dst := b[12:16], b[16:20]
+	if tcpAt(b) == 40 {
+		src, dst = b[8:24], b[24:40]
+	}
+	sum := checksum(src, dst, t)
+	t[16], t[17] = byte(sum>>8), byte(sum)
 }
 
 // inject sends raw packets from the client namespace.
 func inject(t *testing.T, n *harness.Node, packets ...[]byte) {
 	t.Helper()
 	must(t, n.Net.Client().Do(func() error {
-		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_RAW|syscall.SOCK_CLOEXEC, syscall.IPPROTO_RAW)
+		family := syscall.AF_INET
+		if packets[0][0]>>4 == 6 {
+			family = syscall.AF_INET6
+		}
+		fd, err := syscall.Socket(family, syscall.SOCK_RAW|syscall.SOCK_CLOEXEC, syscall.IPPROTO_RAW)
 		if err != nil {
 			return err
 		}
 		defer syscall.Close(fd)
 		for i, p := range packets {
-			to := &syscall.SockaddrInet4{Addr: [4]byte(p[16:20])}
+			var to syscall.Sockaddr
+			if family == syscall.AF_INET6 {
+				to = &syscall.SockaddrInet6{Addr: [16]byte(p[24:40])}
+			} else {
+				to = &syscall.SockaddrInet4{Addr: [4]byte(p[16:20])}
+			}
 			if err := syscall.Sendto(fd, p, 0, to); err != nil {
 				return fmt.Errorf("packet %d: %w", i, err)
 			}
@@ -145,13 +187,11 @@ func inject(t *testing.T, n *harness.Node, packets ...[]byte) {
 	}))
 }
 
-// TestMalformedPackets throws at held connections what an outsider or a broken
-// device might send: it is counted, wakes nobody and harms no connection.
-func TestMalformedPackets(t *testing.T) {
-	// Nobody sends a keepalive: what is counted is the garbage alone.
-	n, load := redisUp(t, harness.Options{Name: "bad"}, 20, clients.KeepAlive{})
-	victim := load.Clients[0]
-	port := victim.LocalAddr().(*net.TCPAddr).Port
+// numbers are those of the next segment of a client that would fit, after a
+// round.
+func numbers(t *testing.T, n *harness.Node, load *clients.Load, c *clients.Redis) (seq, ack uint32) {
+	t.Helper()
+	port := c.LocalAddr().(*net.TCPAddr).Port
 	capt, err := n.Net.Client().Capture(testnet.Iface, fmt.Sprintf("tcp in data src %s dport %d", vip, port))
 	must(t, err)
 	rounds(t, load, 1)
@@ -159,7 +199,16 @@ func TestMalformedPackets(t *testing.T) {
 	must(t, err)
 	capt.Stop()
 	theirs := p.TransportLayer().(*layers.TCP)
-	seq, ack := theirs.Ack, theirs.Seq+uint32(len(theirs.Payload)) // of a segment that would fit
+	return theirs.Ack, theirs.Seq + uint32(len(theirs.Payload))
+}
+
+// TestMalformedPackets throws at held connections what an outsider or a broken
+// device might send: it is counted, wakes nobody and harms no connection.
+func TestMalformedPackets(t *testing.T) {
+	// Nobody sends a keepalive: what is counted is the garbage alone.
+	n, load := redisUp(t, harness.Options{Name: "bad"}, 20, clients.KeepAlive{})
+	victim := load.Clients[0]
+	seq, ack := numbers(t, n, load, victim)
 	snapshot(t, n, "redis", "redis-server")
 	before, err := n.Reasons("redis")
 	must(t, err)
@@ -169,11 +218,11 @@ func TestMalformedPackets(t *testing.T) {
 	ok := layers.TCP{Seq: seq, Ack: ack, ACK: true, PSH: true, Window: 500}
 	with := func(f func(*layers.TCP)) layers.TCP { c := ok; f(&c); return c }
 	garbage := [][]byte{
-		forge(src, dst, ok, data, func(b []byte) { b[36] ^= 0x55 }),          // checksum
-		forge(src, dst, ok, data, func(b []byte) { b[len(b)-1]++ }),          // payload altered
-		forge(src, dst, ok, data, func(b []byte) { b[32] = 0x40; resum(b) }), // data offset 4
-		forge(src, dst, ok, nil, func(b []byte) { b[32] = 0xf0; resum(b) }),  // data offset past the end
-		forge(src, dst, ok, data, nil)[:28],                                  // a truncated header
+		forge(src, dst, ok, data, func(b []byte) { b[tcpAt(b)+16] ^= 0x55 }),          // checksum
+		forge(src, dst, ok, data, func(b []byte) { b[len(b)-1]++ }),                   // payload altered
+		forge(src, dst, ok, data, func(b []byte) { b[tcpAt(b)+12] = 0x40; resum(b) }), // data offset 4
+		forge(src, dst, ok, nil, func(b []byte) { b[tcpAt(b)+12] = 0xf0; resum(b) }),  // data offset past the end
+		cut(forge(src, dst, ok, data, nil)),                                           // a truncated header
 		forge(src, dst, with(func(c *layers.TCP) { c.Seq += 1 << 30 }), data, nil),
 		forge(src, dst, with(func(c *layers.TCP) { c.Seq -= 1 << 30 }), data, nil),
 		forge(src, dst, with(func(c *layers.TCP) { c.Ack += 1 << 30 }), data, nil),
@@ -184,7 +233,7 @@ func TestMalformedPackets(t *testing.T) {
 		forge(src, dst, layers.TCP{Seq: 12345, SYN: true, Window: 1000}, nil, nil), // RFC 5961: on a live connection
 		forge(src, dst, layers.TCP{Seq: seq + (1 << 30), SYN: true, FIN: true, RST: true, PSH: true, URG: true, ACK: true}, data, nil),
 		forge(src, dst, layers.TCP{Seq: seq}, data, nil), // no flag at all
-		forge(&net.TCPAddr{IP: net.IPv4(10, 77, 0, 2), Port: 1}, dst, ok, data, nil),
+		forge(&net.TCPAddr{IP: src.(*net.TCPAddr).IP, Port: 1}, dst, ok, data, nil),
 	}
 	for _, kind := range []layers.TCPOptionKind{2, 3, 5, 8, 30, 254} {
 		for _, length := range []uint8{0, 1, 3, 40} {
@@ -192,7 +241,7 @@ func TestMalformedPackets(t *testing.T) {
 				c.Seq += 1 << 30
 				c.Options = []layers.TCPOption{{OptionType: kind, OptionLength: 6, OptionData: []byte{1, 2, 3, 4}}}
 			})
-			garbage = append(garbage, forge(src, dst, o, nil, func(b []byte) { b[41] = length; resum(b) }))
+			garbage = append(garbage, forge(src, dst, o, nil, func(b []byte) { b[tcpAt(b)+21] = length; resum(b) }))
 		}
 	}
 	inject(t, n, garbage...)
@@ -257,4 +306,43 @@ func TestRulesPurge(t *testing.T) {
 			t.Errorf("%s after the purge:\n%s", cmd[0], out)
 		}
 	}
+}
+
+// TestRulesFlushed: another program flushes the packet rules while the
+// application is away, and when its connections are translated.
+func TestRulesFlushed(t *testing.T) {
+	n, load := redisUp(t, harness.Options{Name: "flush"}, 50)
+	flush := func() {
+		t.Helper()
+		began := time.Now()
+		for _, c := range []string{iptables() + " -t raw -F", iptables() + " -t mangle -F", iptables() + " -t mangle -X"} {
+			args := strings.Fields(c)
+			if out, err := n.Net.Node().Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+				t.Fatalf("%s: %v\n%s", c, err, out)
+			}
+		}
+		must(t, harness.Wait(10*time.Second, "the packet rules are back", func() bool {
+			for table, jumps := range map[string][]string{"raw": {"-A PREROUTING", "-A OUTPUT"}, "mangle": {"-A POSTROUTING"}} {
+				out, err := n.Net.Node().Command(iptables(), "-t", table, "-S").Output()
+				must(t, err)
+				for _, j := range jumps {
+					if !strings.Contains(string(out), j) {
+						return false
+					}
+				}
+			}
+			return true
+		}))
+		t.Logf("the packet rules are back after %v", time.Since(began).Round(time.Millisecond))
+	}
+	snapshot(t, n, "redis", "redis-server")
+	flush()
+	held(t, n, "redis", "redis-server", load, time.Second)
+	wake(t, n, "redis", load.Clients[0])
+	rounds(t, load, 2)
+	flush()
+	rounds(t, load, 2)
+	snapshot(t, n, "redis", "redis-server")
+	wake(t, n, "redis", load.Clients[1])
+	rounds(t, load, 2)
 }

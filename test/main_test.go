@@ -5,9 +5,11 @@ package test
 import (
 	"flag"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
@@ -17,7 +19,7 @@ import (
 )
 
 const (
-	vip = "10.77.0.100"
+	vip4, vip6 = "10.77.0.100", "fd77::100"
 	// reply is how long a command may take at most; wake-ups are far quicker.
 	reply = 20 * time.Second
 )
@@ -27,7 +29,10 @@ var (
 	binDir   string // nfconnfilter and ckptctl
 	// nextClient numbers clients through all tests.
 	nextClient int
-	toolDir    string // bytecount and demo
+	// vip is the application's address in the test that runs; tests run one
+	// after another.
+	vip     = vip4
+	toolDir string // bytecount and demo
 )
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
@@ -85,6 +90,27 @@ func hold() time.Duration {
 	return *holdFlag
 }
 
+// at is a port of the VIP, to dial or to listen on.
+func at(port int) string { return net.JoinHostPort(vip, strconv.Itoa(port)) }
+
+func overIPv6() bool { return vip == vip6 }
+
+// prefix is the VIP in CIDR form.
+func prefix() string {
+	if overIPv6() {
+		return vip + "/128"
+	}
+	return vip + "/32"
+}
+
+// iptables is the tool of the VIP's family.
+func iptables() string {
+	if overIPv6() {
+		return "ip6tables"
+	}
+	return "iptables"
+}
+
 // newNode makes a node that is removed with the test; when the test has
 // failed, the logs are shown.
 func newNode(t *testing.T, o harness.Options) *harness.Node {
@@ -123,7 +149,7 @@ func redisUp(t *testing.T, o harness.Options, n int, mix ...clients.KeepAlive) (
 
 func redisClients(t *testing.T, node *harness.Node, n int, mix ...clients.KeepAlive) *clients.Load {
 	t.Helper()
-	load, err := clients.OpenLoad(node.Dial, vip+":6379", nextClient, n, mix...)
+	load, err := clients.OpenLoad(node.Dial, at(6379), nextClient, n, mix...)
 	must(t, err)
 	nextClient += n
 	t.Cleanup(load.Close)

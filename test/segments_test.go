@@ -52,28 +52,29 @@ func checksumErrors(t *testing.T, ns *testnet.NS) string {
 func wrongChecksums(packets []gopacket.Packet) error {
 	var errs []error
 	for _, p := range packets {
-		ip, _ := p.NetworkLayer().(*layers.IPv4)
 		tcp, _ := p.TransportLayer().(*layers.TCP)
-		if ip == nil || tcp == nil {
+		if tcp == nil {
 			continue
 		}
-		segment := bytes.Clone(ip.Payload)
+		flow := p.NetworkLayer().NetworkFlow()
+		segment := append(bytes.Clone(tcp.Contents), tcp.Payload...)
 		got := tcp.Checksum
 		segment[16], segment[17] = 0, 0
-		if want := checksum(ip, segment); got != want {
+		if want := checksum(flow.Src().Raw(), flow.Dst().Raw(), segment); got != want {
 			errs = append(errs, fmt.Errorf("%v:%d > %v:%d seq %d, %d bytes: checksum %#04x, want %#04x",
-				ip.SrcIP, tcp.SrcPort, ip.DstIP, tcp.DstPort, tcp.Seq, len(tcp.Payload), got, want))
+				flow.Src(), tcp.SrcPort, flow.Dst(), tcp.DstPort, tcp.Seq, len(tcp.Payload), got, want))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// checksum is the TCP checksum of a segment (RFC 9293, section 3.1).
-func checksum(ip *layers.IPv4, segment []byte) uint16 {
+// checksum is the TCP checksum of a segment (RFC 9293, section 3.1; RFC 8200,
+// section 8.1).
+func checksum(src, dst, segment []byte) uint16 {
 	var b bytes.Buffer
-	b.Write(ip.SrcIP.To4())
-	b.Write(ip.DstIP.To4())
-	b.Write([]byte{0, 6, byte(len(segment) >> 8), byte(len(segment))})
+	b.Write(src)
+	b.Write(dst)
+	b.Write([]byte{0, 6, byte(len(segment) >> 8), byte(len(segment))}) // the zeros of the longer pseudo header add nothing
 	b.Write(segment)
 	if b.Len()%2 == 1 {
 		b.WriteByte(0)
@@ -109,14 +110,16 @@ func TestWrongChecksums(t *testing.T) {
 // TestSmallSegmentChecksums sends segments of a byte, of a few bytes and large
 // ones over translated connections: the kernel accepts a wrong checksum on a
 // large outbound segment, so bulk alone would prove nothing.
-func TestSmallSegmentChecksums(t *testing.T) {
+func TestSmallSegmentChecksums(t *testing.T) { smallSegments(t, harness.Redis("redis", vip)) }
+
+func smallSegments(t *testing.T, app harness.App) {
 	for _, off := range []bool{false, true} {
 		t.Run(map[bool]string{false: "offloads", true: "no offloads"}[off], func(t *testing.T) {
-			n, load := redisUp(t, harness.Options{Name: "csum", NoOffloads: off}, 20)
+			n, load := redisUp(t, harness.Options{Name: "csum", NoOffloads: off, Apps: []harness.App{app}}, 20)
 			big := make([]*clients.RedisRaw, 3)
 			for i := range big {
 				var err error
-				big[i], err = clients.DialRaw(n.Dial, vip+":6379")
+				big[i], err = clients.DialRaw(n.Dial, at(6379))
 				must(t, err)
 				defer big[i].Close()
 			}
@@ -157,7 +160,11 @@ func TestSmallSegmentChecksums(t *testing.T) {
 			if translated != len(load.Clients)+len(big) {
 				t.Errorf("%d of %d connections are translated", translated, len(load.Clients)+len(big))
 			}
-			for name, ns := range map[string]*testnet.NS{"node": n.Net.Node(), "client": n.Net.Client()} {
+			all := map[string]*testnet.NS{"node": n.Net.Node(), "client": n.Net.Client()}
+			if ns := n.Behind("redis"); ns != nil {
+				all["behind"] = ns
+			}
+			for name, ns := range all {
 				if e := checksumErrors(t, ns); e != "0" {
 					t.Errorf("%s: %s segments with a wrong checksum", name, e)
 				}
@@ -194,7 +201,7 @@ func TestFilterKilledAway(t *testing.T) {
 	load.Clients[0].Close() // FIN too
 	// And one that wants to connect. Nobody may answer it either.
 	go func() {
-		if c, err := n.Dial(vip + ":6379"); err == nil {
+		if c, err := n.Dial(at(6379)); err == nil {
 			c.Close()
 		}
 	}()
@@ -220,7 +227,7 @@ func TestSynToOtherPort(t *testing.T) {
 	n, load := redisUp(t, harness.Options{Name: "port"}, 10)
 	snapshot(t, n, "redis", "redis-server")
 	start := time.Now()
-	c, err := n.Dial(vip + ":7777")
+	c, err := n.Dial(at(7777))
 	if err == nil {
 		c.Close()
 		t.Fatal("connected to a port on which nobody listens")
@@ -235,10 +242,15 @@ func TestSynToOtherPort(t *testing.T) {
 
 func TestNewConnectionWakes(t *testing.T) {
 	n, load := redisUp(t, harness.Options{Name: "new"}, 50)
+	newConnectionWakes(t, n, load)
+}
+
+func newConnectionWakes(t *testing.T, n *harness.Node, load *clients.Load) {
+	t.Helper()
 	snapshot(t, n, "redis", "redis-server")
 	held(t, n, "redis", "redis-server", load, time.Second)
 	start := time.Now()
-	c, err := clients.DialRedis(n.Dial, vip+":6379", 1000, clients.Strictest)
+	c, err := clients.DialRedis(n.Dial, at(6379), 1000, clients.Strictest)
 	must(t, err)
 	defer c.Close()
 	must(t, c.Command(reply))
@@ -250,6 +262,11 @@ func TestNewConnectionWakes(t *testing.T) {
 // TestClientClosesWhileHeld: a FIN wakes the application, which sees the close.
 func TestClientClosesWhileHeld(t *testing.T) {
 	n, load := redisUp(t, harness.Options{Name: "fin"}, 20)
+	clientCloses(t, n, load)
+}
+
+func clientCloses(t *testing.T, n *harness.Node, load *clients.Load) {
+	t.Helper()
 	leaver := load.Clients[5]
 	load.Clients = append(load.Clients[:5:5], load.Clients[6:]...)
 	defer leaver.Close()
@@ -270,6 +287,11 @@ func TestClientClosesWhileHeld(t *testing.T) {
 // the application is back.
 func TestClientResetsWhileHeld(t *testing.T) {
 	n, load := redisUp(t, harness.Options{Name: "rst"}, 20)
+	clientResets(t, n, load)
+}
+
+func clientResets(t *testing.T, n *harness.Node, load *clients.Load) {
+	t.Helper()
 	leaver := load.Clients[5]
 	load.Clients = append(load.Clients[:5:5], load.Clients[6:]...)
 	snapshot(t, n, "redis", "redis-server")

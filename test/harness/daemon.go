@@ -83,7 +83,7 @@ func (n *Node) start(name string, env []string, args ...string) (*Daemon, error)
 }
 
 // startDaemon starts a daemon and waits until it says READY=1 (sd_notify(3)).
-func (n *Node) startDaemon(name, sub string) (*Daemon, error) {
+func (n *Node) startDaemon(name, sub string, env ...string) (*Daemon, error) {
 	path := n.Path(name + ".notify")
 	_ = os.Remove(path)
 	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
@@ -91,7 +91,7 @@ func (n *Node) startDaemon(name, sub string) (*Daemon, error) {
 		return nil, err
 	}
 	defer notify.Close()
-	d, err := n.start(name, []string{"NOTIFY_SOCKET=" + path}, append([]string{sub}, n.Args()...)...)
+	d, err := n.start(name, append(env, "NOTIFY_SOCKET="+path), append([]string{sub}, n.Args()...)...)
 	if err != nil {
 		return nil, err
 	}

@@ -19,11 +19,13 @@ import (
 // App is one application of the node, as its file in apps/ describes it.
 type App struct {
 	Name  string
-	VIP   string
+	VIP   string // one, or two joined by a comma: IPv4 and IPv6
 	Ports []int
 	Start []string
 	// Before is the command run once connections are drained; none when empty.
 	Before []string
+	// Namespace gives it a network namespace of its own behind the node.
+	Namespace bool
 	// Process and Checkpoint are further lines for these two tables.
 	Process, Checkpoint string
 }
@@ -48,12 +50,14 @@ type Node struct {
 	Filter *Daemon
 	Agent  *Daemon
 
-	o Options
+	o      Options
+	behind map[string]*testnet.NS
+	links  map[string]int // numbers of the links to these namespaces
 }
 
 // New makes the namespaces and writes the configuration; nothing is started.
 func New(o Options) (n *Node, err error) {
-	n = &Node{o: o}
+	n = &Node{o: o, behind: map[string]*testnet.NS{}, links: map[string]int{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close())
@@ -69,6 +73,10 @@ func New(o Options) (n *Node, err error) {
 		}
 	}
 	if n.Net, err = testnet.Setup(testnet.Options{Name: o.Name, NoOffloads: o.NoOffloads}); err != nil {
+		return n, err
+	}
+	// IPv6 beside it.
+	if err := errors.Join(n.Net.Node().AddAddr(testnet.Iface, "fd77::1/64"), n.Net.Client().AddAddr(testnet.Iface, "fd77::2/64")); err != nil {
 		return n, err
 	}
 	if err := n.writeConfig(); err != nil {
@@ -118,9 +126,17 @@ agent_socket = %q
 // WriteApp writes an application's file; "@" at the start of an argument of
 // its commands stands for the node's directory.
 func (n *Node) WriteApp(a App) error {
+	if a.Namespace && n.behind[a.Name] == nil {
+		if err := n.AddBehind(a.Name, a.VIP); err != nil {
+			return err
+		}
+	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "name = %q\nvip = %q\ninclude_ports = %s\n", a.Name, a.VIP, strings.Join(strings.Fields(fmt.Sprint(a.Ports)), ", "))
+	fmt.Fprintf(&b, "name = %q\nvip = %s\ninclude_ports = %s\n", a.Name, n.list(strings.Split(a.VIP, ",")), strings.Join(strings.Fields(fmt.Sprint(a.Ports)), ", "))
 	fmt.Fprintf(&b, "[process]\nstart = %s\n%s\n", n.list(a.Start), a.Process)
+	if a.Namespace {
+		fmt.Fprintf(&b, "namespace = %q\n", n.namespacePath(a.Name))
+	}
 	b.WriteString("[checkpoint]\n")
 	if len(a.Before) > 0 {
 		fmt.Fprintf(&b, "before = %s\n", n.list(a.Before))
@@ -169,6 +185,13 @@ func (n *Node) StartAgent() (err error) {
 	return err
 }
 
+// StartDoomedAgent starts an agent that is killed where the phase of the
+// operation begins, OPERATION/PHASE.
+func (n *Node) StartDoomedAgent(failpoint string) (err error) {
+	n.Agent, err = n.startDaemon("ckptctl", "agent", "NFCONNFILTER_AGENT_FAILPOINT="+failpoint)
+	return err
+}
+
 // Program is the path of one of the two programs.
 func (n *Node) Program(name string) string { return filepath.Join(n.o.Bin, name) }
 
@@ -193,6 +216,9 @@ func (n *Node) Down() error {
 func (n *Node) Close() error {
 	var errs []error
 	errs = append(errs, n.Down())
+	for app := range n.behind {
+		errs = append(errs, n.DropBehind(app))
+	}
 	if n.Net != nil {
 		errs = append(errs, killInside(n.Net.Node().Path()), killInside(n.Net.Client().Path()), n.Net.Close())
 		n.Net = nil
@@ -231,7 +257,7 @@ func (n *Node) Dial(addr string) (net.Conn, error) { return n.Net.Client().Dial(
 func Redis(name, vip string) App {
 	return App{
 		Name: name, VIP: vip, Ports: []int{6379},
-		Start: []string{"redis-server", "--bind", vip, "--port", "6379", "--dir", "@app",
+		Start: []string{"redis-server", "--bind", strings.ReplaceAll(vip, ",", " "), "--port", "6379", "--dir", "@app",
 			"--dbfilename", name + ".rdb", "--save", "", "--appendonly", "no", "--daemonize", "no",
 			"--protected-mode", "no", "--tcp-backlog", "511", "--maxclients", "8000"},
 		Before: []string{"redis-cli", "-h", vip, "save"},

@@ -53,11 +53,14 @@ func killInside(path string) error {
 
 // Processes lists the processes of the node whose name is comm.
 func (n *Node) Processes(comm string) ([]int, error) {
-	pids, err := inside(n.Net.Node().Path())
-	if err != nil {
-		return nil, err
+	var pids, found []int
+	for _, path := range n.spaces() {
+		in, err := inside(path)
+		if err != nil {
+			return nil, err
+		}
+		pids = append(pids, in...)
 	}
-	var found []int
 	for _, pid := range pids {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if err != nil {

@@ -33,6 +33,8 @@ type Conn struct {
 	Remote       string `json:"remote"`
 	Role         string `json:"role"`
 	State        string `json:"state"`
+	BytesIn      uint64 `json:"bytes_in"`
+	BytesOut     uint64 `json:"bytes_out"`
 	Translated   bool   `json:"translated"`
 	WindowClosed bool   `json:"window_closed"`
 }

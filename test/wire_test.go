@@ -1,0 +1,181 @@
+package test
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/gopacket"
+	"github.com/google/gopacket/layers"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/testnet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
+)
+
+// wireEnd is what one end of a connection has sent so far.
+type wireEnd struct {
+	known bool
+	end   seqnum.Value // behind everything sent
+	acked bool
+	ack   seqnum.Value
+	tsval uint32
+	tsSet bool
+}
+
+type wireConn struct{ remote, local wireEnd }
+
+// wireFaults reads a capture of the node's side towards its clients and names
+// every segment from the VIP that no quiet, living peer would send: FIN or
+// RST, an acknowledgement of what was never sent or that moves back, a number
+// behind what was sent, a timestamp that moves back or echoes one that was
+// never sent.
+func wireFaults(vip string, packets []gopacket.Packet) error {
+	conns := map[netip.AddrPort]*wireConn{}
+	var faults []error
+	for i, p := range packets {
+		tcp, _ := p.TransportLayer().(*layers.TCP)
+		if tcp == nil {
+			continue
+		}
+		src, dst := p.NetworkLayer().NetworkFlow().Endpoints()
+		local := src.String() == vip
+		remote := netip.MustParseAddr(src.String())
+		port := uint16(tcp.SrcPort)
+		if local {
+			remote, port = netip.MustParseAddr(dst.String()), uint16(tcp.DstPort)
+		}
+		id := netip.AddrPortFrom(remote, port)
+		c := conns[id]
+		if c == nil || !local && tcp.SYN {
+			c = &wireConn{}
+			conns[id] = c
+		}
+		if !local {
+			c.remote.sent(tcp)
+			continue
+		}
+		if f := c.judge(tcp); f != "" {
+			faults = append(faults, fmt.Errorf("segment %d, to %v: %s: %v", i, id, f, p))
+		}
+		c.local.sent(tcp)
+	}
+	if len(faults) > 3 {
+		faults = append(faults[:3], fmt.Errorf("and %d more", len(faults)-3))
+	}
+	return errors.Join(faults...)
+}
+
+func timestamps(tcp *layers.TCP) (val, ecr uint32, ok bool) {
+	for _, o := range tcp.Options {
+		if d := o.OptionData; o.OptionType == layers.TCPOptionKindTimestamps && len(d) == 8 {
+			be := func(b []byte) uint32 {
+				return uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
+			}
+			return be(d), be(d[4:]), true
+		}
+	}
+	return 0, 0, false
+}
+
+// sent takes note of a segment of this end.
+func (e *wireEnd) sent(tcp *layers.TCP) {
+	end := seqnum.Value(tcp.Seq).Add(uint32(len(tcp.Payload)))
+	if tcp.SYN || tcp.FIN {
+		end = end.Add(1)
+	}
+	if !e.known || e.end.Less(end) {
+		e.known, e.end = true, end
+	}
+	if tcp.ACK && (!e.acked || e.ack.Less(seqnum.Value(tcp.Ack))) {
+		e.acked, e.ack = true, seqnum.Value(tcp.Ack)
+	}
+	if v, _, ok := timestamps(tcp); ok && (!e.tsSet || int32(v-e.tsval) > 0) {
+		e.tsSet, e.tsval = true, v
+	}
+}
+
+// judge names what is wrong with a segment of the VIP's, "" when nothing is.
+func (c *wireConn) judge(tcp *layers.TCP) string {
+	ack, seq := seqnum.Value(tcp.Ack), seqnum.Value(tcp.Seq)
+	val, ecr, ts := timestamps(tcp)
+	switch l, r := &c.local, &c.remote; {
+	case tcp.FIN || tcp.RST:
+		return "FIN or RST"
+	case r.known && r.end.Less(ack):
+		return fmt.Sprintf("acknowledges %d octets that were never sent", ack.Size(r.end))
+	case l.acked && ack.Less(l.ack):
+		return fmt.Sprintf("its acknowledgement moves back by %d", l.ack.Size(ack))
+	case l.known && l.end.Less(seq):
+		return fmt.Sprintf("a hole of %d octets before it", seq.Size(l.end))
+	case ts && l.tsSet && int32(val-l.tsval) < 0:
+		return fmt.Sprintf("its timestamp moves back by %d", l.tsval-val)
+	case ts && r.tsSet && int32(ecr-r.tsval) > 0:
+		return "echoes a timestamp that was never sent"
+	}
+	return ""
+}
+
+// watch captures everything between the node and its clients; what it returns
+// ends the capture and fails the test for every segment that a client could
+// notice.
+func watch(t *testing.T, net *testnet.Net, vip string) func() {
+	t.Helper()
+	capture, err := net.Node().Capture(testnet.Iface, "tcp")
+	must(t, err)
+	return func() {
+		t.Helper()
+		packets := capture.Stop()
+		must(t, capture.Err())
+		if len(packets) == 0 {
+			t.Error("the capture saw nothing")
+		}
+		if err := wireFaults(vip, packets); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestWireFaults shows that the check can fail.
+func TestWireFaults(t *testing.T) {
+	segment := func(out bool, seq, ack, val, ecr uint32, payload string, change func(*layers.TCP)) gopacket.Packet {
+		src, dst := "10.77.0.2", vip
+		tcp := layers.TCP{SrcPort: 40000, DstPort: 6379, Seq: seq, Ack: ack, ACK: true, Window: 500}
+		if out {
+			src, dst, tcp.SrcPort, tcp.DstPort = dst, src, 6379, 40000
+		}
+		b := []byte{byte(val >> 24), byte(val >> 16), byte(val >> 8), byte(val), byte(ecr >> 24), byte(ecr >> 16), byte(ecr >> 8), byte(ecr)}
+		tcp.Options = []layers.TCPOption{{OptionType: layers.TCPOptionKindTimestamps, OptionLength: 10, OptionData: b}}
+		if change != nil {
+			change(&tcp)
+		}
+		s, d := netip.MustParseAddr(src), netip.MustParseAddr(dst)
+		ip := layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolTCP, SrcIP: s.AsSlice(), DstIP: d.AsSlice()}
+		must(t, tcp.SetNetworkLayerForChecksum(&ip))
+		buf := gopacket.NewSerializeBuffer()
+		must(t, gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, &ip, &tcp, gopacket.Payload(payload)))
+		return gopacket.NewPacket(buf.Bytes(), layers.LayerTypeIPv4, gopacket.Default)
+	}
+	good := []gopacket.Packet{
+		segment(false, 100, 0xfffffff0, 7, 3, "PING", nil),
+		segment(true, 0xfffffff0, 104, 4, 7, "0123456789abcdefgh", nil), // wraps
+		segment(false, 103, 2, 8, 4, "", nil),
+		segment(true, 2, 104, 4, 8, "", nil),
+		segment(true, 0xfffffff0, 104, 4, 8, "0123", nil), // again
+	}
+	must(t, wireFaults(vip, good))
+	for want, p := range map[string]gopacket.Packet{
+		"FIN or RST":                     segment(true, 2, 104, 4, 8, "", func(s *layers.TCP) { s.FIN = true }),
+		"acknowledges 1 octets":          segment(true, 2, 105, 4, 8, "", nil),
+		"acknowledgement moves back":     segment(true, 2, 103, 4, 8, "", nil),
+		"a hole of 1 octets":             segment(true, 3, 104, 4, 8, "", nil),
+		"its timestamp moves back by 1":  segment(true, 2, 104, 3, 8, "", nil),
+		"a timestamp that was never":     segment(true, 2, 104, 4, 9, "", nil),
+		"segment 5, to 10.77.0.2:40000:": segment(true, 2, 104, 4, 8, "", func(s *layers.TCP) { s.RST = true }),
+	} {
+		if err := wireFaults(vip, append(good[:len(good):len(good)], p)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("want a fault %q, got %v", want, err)
+		}
+	}
+}
