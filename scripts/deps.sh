@@ -11,7 +11,7 @@ purpose=${1:-test}
 # program:package, one a line; a program that is found needs no package.
 demo_deps="iptables:iptables ipset:ipset ip:iproute2 redis-server:redis-server redis-cli:redis-tools ethtool:ethtool"
 test_deps="$demo_deps nft:nftables nginx:nginx-light wrk:wrk iperf3:iperf3 conntrack:conntrack tcpdump:tcpdump gcc:gcc"
-bench_deps="$demo_deps iperf3:iperf3"
+bench_deps="$demo_deps iperf3:iperf3 gcc:gcc taskset:util-linux"
 
 case $purpose in
 demo) deps=$demo_deps ;;
@@ -28,10 +28,15 @@ missing=()
 for dep in $deps; do
 	command -v "${dep%%:*}" >/dev/null 2>&1 || missing+=("${dep##*:}")
 done
-# The race detector links with the C library: the compiler alone is not enough.
-if [[ $purpose == test && ! -e /usr/include/stdlib.h ]]; then
-	missing+=(libc6-dev)
-fi
+# header:package, for the race detector and the peer in C: the compiler alone is not enough.
+case $purpose in
+test) headers="stdlib.h:libc6-dev" ;;
+bench) headers="stdlib.h:libc6-dev libnetfilter_queue/libnetfilter_queue.h:libnetfilter-queue-dev" ;;
+*) headers="" ;;
+esac
+for dep in $headers; do
+	[[ -e /usr/include/${dep%%:*} ]] || missing+=("${dep##*:}")
+done
 [[ ${#missing[@]} -eq 0 ]] && exit 0
 
 if ! command -v apt-get >/dev/null 2>&1; then

@@ -1,152 +1,79 @@
-// Command bench measures what the filter costs a bulk stream while no
-// application is away: iperf3 through a registered VIP against iperf3 where
-// nothing of this project runs, in pairs that alternate in order. It needs
-// root for its network namespaces.
+// Command bench measures what the project costs and how fast it is, each
+// against a target: a bulk stream past an idle filter, packets through the
+// queue loop against its peers, and snapshot, restore and restart of the filter
+// with thousands of held connections. It needs root for its network namespaces.
+// Figures are ratios of runs in turn, or medians; the exit code is 1 when one
+// misses its target.
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
+	"strings"
 	"time"
 
-	"github.com/nfconnfilter/nfconnfilter/internal/testnet"
 	"github.com/nfconnfilter/nfconnfilter/test/harness"
-)
-
-const (
-	vip  = "10.77.0.100"
-	port = 5201
 )
 
 func main() {
 	bin := flag.String("bin", "bin", "`directory` that holds nfconnfilter and ckptctl")
-	pairs := flag.Int("pairs", 25, "paired runs for each direction")
-	length := flag.Duration("time", time.Second, "length of one run, whole seconds")
-	target := flag.Float64("target", 0.97, "least median ratio; below it the exit code is 1")
+	only := flag.String("only", "stream,queue,hold", "what is measured, a `list` of stream, queue and hold")
+	pairs := flag.Int("pairs", 25, "paired runs of stream for each direction")
+	rounds := flag.Int("rounds", 7, "rounds of queue and of hold")
+	length := flag.Duration("time", time.Second, "length of one run of stream and queue, whole seconds")
+	behind := flag.Bool("behind", false, "the application of stream is in a network namespace behind the node")
+	consumer := flag.String("consume", "", "internal: be one of the Go loops of queue")
+	loadFor := flag.Duration("load", 0, "internal: be the load of queue for so long")
 	flag.Parse()
-	if flag.NArg() != 0 || *pairs < 1 || *length < time.Second {
+	switch {
+	case *consumer != "":
+		exit(consume(*consumer))
+	case *loadFor > 0:
+		exit(load(*loadFor))
+	}
+	which := strings.Split(*only, ",")
+	known := !slices.ContainsFunc(which, func(s string) bool { return s != "stream" && s != "queue" && s != "hold" })
+	if flag.NArg() != 0 || *pairs < 1 || *rounds < 1 || *length < time.Second || !known {
 		flag.Usage()
 		os.Exit(2)
 	}
 	if os.Geteuid() != 0 {
-		fmt.Fprintln(os.Stderr, "bench: it needs root to make network namespaces")
-		os.Exit(1)
+		exit(errors.New("it needs root to make network namespaces"))
 	}
 	dir, err := filepath.Abs(*bin)
 	if err == nil {
-		err = run(dir, *pairs, *length, *target)
+		err = harness.Sweep()
 	}
+	if err != nil {
+		exit(err)
+	}
+	for _, w := range which {
+		switch w {
+		case "stream":
+			err = errors.Join(err, streams(dir, *behind, *pairs, *length))
+		case "queue":
+			err = errors.Join(err, queueLoops(*rounds, *length))
+		case "hold":
+			err = errors.Join(err, holds(dir, *rounds))
+		}
+	}
+	exit(err)
+}
+
+func exit(err error) {
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
+	os.Exit(0)
 }
 
-// run measures both directions.
-func run(bin string, pairs int, length time.Duration, target float64) (err error) {
-	if err := harness.Sweep(); err != nil {
-		return err
-	}
-	server := harness.App{Name: "iperf", VIP: vip, Ports: []int{port}, Start: []string{"iperf3", "-s", "-B", vip, "-p", strconv.Itoa(port)}}
-	filtered, err := harness.New(harness.Options{Name: "bench", Bin: bin, Apps: []harness.App{server}})
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, filtered.Close()) }()
-	if err := filtered.Up(); err != nil {
-		return fmt.Errorf("%w\n%s", err, filtered.Logs())
-	}
-	raw, err := harness.New(harness.Options{Name: "raw", Bin: bin})
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, raw.Close()) }()
-	if err := raw.Net.Node().AddAddr(testnet.Iface, vip+"/32"); err != nil {
-		return err
-	}
-	cmd := raw.Net.Node().Command(server.Start[0], server.Start[1:]...)
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
-	if err := harness.Wait(5*time.Second, "iperf3 listens", func() bool {
-		c, err := raw.Dial(net.JoinHostPort(vip, strconv.Itoa(port)))
-		if err == nil {
-			c.Close()
-		}
-		return err == nil
-	}); err != nil {
-		return err
-	}
-	for _, direction := range []string{"to the VIP", "from the VIP"} {
-		ratio, derr := compare(filtered, raw, direction, pairs, length)
-		if derr != nil {
-			return derr
-		}
-		if ratio < target {
-			err = errors.Join(err, fmt.Errorf("%s: median ratio %.3f, target %.2f", direction, ratio, target))
-		}
-	}
-	return err
-}
-
-// compare runs the pairs of one direction and returns the median ratio.
-func compare(filtered, raw *harness.Node, direction string, pairs int, length time.Duration) (float64, error) {
-	fmt.Printf("one iperf3 stream %s, %d pairs of %v, Gbit/s\n  pair    raw  through VIP  ratio\n", direction, pairs, length)
-	var ratios []float64
-	for i := range pairs {
-		order := []*harness.Node{raw, filtered}
-		if i%2 == 1 {
-			slices.Reverse(order)
-		}
-		rate := map[*harness.Node]float64{}
-		for _, n := range order {
-			r, err := stream(n, direction == "from the VIP", length)
-			if err != nil {
-				return 0, err
-			}
-			rate[n] = r
-		}
-		ratio := rate[filtered] / rate[raw]
-		ratios = append(ratios, ratio)
-		fmt.Printf("  %4d %6.2f  %11.2f  %5.3f\n", i+1, rate[raw], rate[filtered], ratio)
-	}
-	slices.Sort(ratios)
-	median := (ratios[(len(ratios)-1)/2] + ratios[len(ratios)/2]) / 2
-	fmt.Printf("  median ratio %.3f\n", median)
-	return median, nil
-}
-
-// stream runs one iperf3 client and returns what the receiver got, in Gbit/s.
-func stream(n *harness.Node, reverse bool, length time.Duration) (float64, error) {
-	args := []string{"-c", vip, "-p", strconv.Itoa(port), "-J", "-t", strconv.Itoa(int(length.Seconds()))}
-	if reverse {
-		args = append(args, "-R")
-	}
-	out, err := n.Net.Client().Command("iperf3", args...).Output()
-	var report struct {
-		Error string `json:"error"`
-		End   struct {
-			Received struct {
-				BitsPerSecond float64 `json:"bits_per_second"`
-			} `json:"sum_received"`
-		} `json:"end"`
-	}
-	if jerr := json.Unmarshal(out, &report); jerr != nil {
-		return 0, fmt.Errorf("iperf3: %w", errors.Join(err, jerr))
-	}
-	if report.Error != "" || err != nil {
-		return 0, fmt.Errorf("iperf3: %s %v", report.Error, err)
-	}
-	if report.End.Received.BitsPerSecond <= 0 {
-		return 0, errors.New("iperf3 received nothing")
-	}
-	return report.End.Received.BitsPerSecond / 1e9, nil
+// median of at least one figure.
+func median(x []float64) float64 {
+	x = slices.Sorted(slices.Values(x))
+	return (x[(len(x)-1)/2] + x[len(x)/2]) / 2
 }
