@@ -43,10 +43,7 @@ func TestAdopted(t *testing.T) {
 
 	// Nothing of the two programs is left but the process and its address.
 	must(t, n.Down())
-	out, err := n.Net.Node().Command(n.Program("nfconnfilter"), append([]string{"rules", "--purge"}, n.Args()...)...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("purge: %v\n%s", err, out)
-	}
+	purge(t, n)
 	must(t, os.RemoveAll(n.Path("state")))
 	rounds(t, load, 2)
 

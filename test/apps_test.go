@@ -82,8 +82,8 @@ func nginx(t *testing.T, vips, listen string, dial ...string) {
 	}
 	must(t, os.Chmod(n.Dir, 0o755)) // the workers are another user
 	must(t, os.WriteFile(n.Path("app", "nginx.conf"), fmt.Appendf(nil, nginxConf, n.Dir, listen), 0o644))
-	must(t, n.WriteApp(harness.App{Name: "web", VIP: vips, Ports: []int{80},
-		Start: []string{"nginx", "-c", "@app/nginx.conf", "-p", "@app"}}))
+	must(t, n.WriteApp(placed(harness.App{Name: "web", VIP: vips, Ports: []int{80},
+		Start: []string{"nginx", "-c", "@app/nginx.conf", "-p", "@app"}})))
 	must(t, n.Up())
 	must(t, n.Ctl("start", "web").Err())
 	var all []*httpClient
@@ -95,6 +95,7 @@ func nginx(t *testing.T, vips, listen string, dial ...string) {
 		all = append(all, c)
 		must(t, c.get(i%pages))
 	}
+	adopt(t, n, "web")
 	for range 2 {
 		snapshot(t, n, "web", "nginx")
 		time.Sleep(2 * time.Second)
@@ -147,6 +148,7 @@ func behindFirewall(t *testing.T, app harness.App, rules ...string) {
 	}
 	must(t, n.Up())
 	load := redisClients(t, n, 100)
+	adopt(t, n, "redis")
 	for i := range 3 {
 		snapshot(t, n, "redis", "redis-server")
 		held(t, n, "redis", "redis-server", load, 5*time.Second)

@@ -161,13 +161,9 @@ func TestReboot(t *testing.T) {
 	rounds(t, load, 1)
 	snapshot(t, n, "redis", "redis-server")
 	must(t, n.Down())
-	for _, c := range [][]string{
-		append([]string{n.Program("nfconnfilter"), "rules", "--purge"}, n.Args()...),
-		{"ip", "address", "del", prefix(), "dev", testnet.Iface},
-	} {
-		if out, err := n.Net.Node().Command(c[0], c[1:]...).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v\n%s", c, err, out)
-		}
+	purge(t, n)
+	if out, err := n.Net.Node().Command("ip", "address", "del", prefix(), "dev", testnet.Iface).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
 	}
 	j, err := journal.Open(n.Path("state", "journal.db"))
 	must(t, err)

@@ -37,6 +37,8 @@ func TestPlainRedis(t *testing.T) {
 // cycles holds and wakes three times on the same connections.
 func cycles(t *testing.T, n *harness.Node, load *clients.Load) {
 	t.Helper()
+	unnoticed := watch(t, n.Net, vip)
+	rounds(t, load, 1) // the capture knows all numbers from here on
 	for i := range 3 {
 		snapshot(t, n, "redis", "redis-server")
 		held(t, n, "redis", "redis-server", load, hold())
@@ -49,6 +51,7 @@ func cycles(t *testing.T, n *harness.Node, load *clients.Load) {
 	if s.Connections["CONNECT"] != len(load.Clients) {
 		t.Errorf("connections after three cycles: %v, want %d in CONNECT", s.Connections, len(load.Clients))
 	}
+	unnoticed()
 }
 
 func TestRedisHoldAndWake(t *testing.T) {
@@ -73,9 +76,7 @@ func bulkApp(n *harness.Node, counts string) harness.App {
 }
 
 // TestBulkWriters takes a forced snapshot while clients write 16 MiB each.
-func TestBulkWriters(t *testing.T) { bulkWriters(t, false, hold()) }
-
-func bulkWriters(t *testing.T, behind bool, pause time.Duration) {
+func TestBulkWriters(t *testing.T) {
 	const (
 		writers = 8
 		total   = 16 << 20
@@ -90,9 +91,7 @@ func bulkWriters(t *testing.T, behind bool, pause time.Duration) {
 	counts, err := clients.OpenCountFile(path)
 	must(t, err)
 	t.Cleanup(func() { counts.Close() })
-	app := bulkApp(n, path)
-	app.Namespace = behind
-	must(t, n.WriteApp(app))
+	must(t, n.WriteApp(placed(bulkApp(n, path))))
 	must(t, n.Up())
 	must(t, n.Ctl("start", "count").Err())
 
@@ -106,7 +105,7 @@ func bulkWriters(t *testing.T, behind bool, pause time.Duration) {
 		ws[i], err = clients.DialByteWriter(n.Dial, at(9000), total, clients.Mixed[i%len(clients.Mixed)])
 		must(t, err)
 		t.Cleanup(func() { ws[i].Close() })
-		wg.Go(func() { errs[i] = ws[i].Run(time.Now().Add(pause + 2*time.Minute)) })
+		wg.Go(func() { errs[i] = ws[i].Run(time.Now().Add(hold() + 2*time.Minute)) })
 	}
 	t.Cleanup(func() { // before the writers are closed, so that a failure ends soon
 		for _, w := range ws {
@@ -122,6 +121,7 @@ func bulkWriters(t *testing.T, behind bool, pause time.Duration) {
 		}
 		return true
 	}))
+	adopt(t, n, "count")
 	snapshot(t, n, "count", "bytecount", "--force", "--drain-timeout", "1s")
 	before := make([]uint64, writers)
 	for i, r := range recs {
@@ -130,7 +130,7 @@ func bulkWriters(t *testing.T, behind bool, pause time.Duration) {
 			t.Fatalf("writer %d had finished before the snapshot", i)
 		}
 	}
-	time.Sleep(pause)
+	time.Sleep(hold())
 	gone(t, n, "bytecount")
 	want := "Restore 010.077.000.100\r\n"
 	if overIPv6() {

@@ -11,31 +11,6 @@ import (
 	"github.com/nfconnfilter/nfconnfilter/test/harness"
 )
 
-// TestIPv6 does over IPv6 what the other tests do over IPv4, with holds of a
-// few seconds.
-func TestIPv6(t *testing.T) {
-	long := *holdFlag
-	vip, *holdFlag = vip6, 5*time.Second
-	defer func() { vip, *holdFlag = vip4, long }()
-	for _, c := range []struct {
-		name string
-		test func(*testing.T)
-	}{
-		{"RedisHoldAndWake", TestRedisHoldAndWake}, {"KeepaliveStrict", TestKeepaliveStrict}, {"BulkWriters", TestBulkWriters},
-		{"SnapshotUnderTraffic", TestSnapshotUnderTraffic}, {"SnapshotWithLoss", TestSnapshotWithLoss},
-		{"NginxKeepalive", TestNginxKeepalive}, {"ConntrackInvalidDrop", TestConntrackInvalidDrop},
-		{"SmallSegmentChecksums", TestSmallSegmentChecksums},
-		{"FilterKilledConnected", TestFilterKilledConnected}, {"FilterKilledAway", TestFilterKilledAway},
-		{"SynToOtherPort", TestSynToOtherPort}, {"NewConnectionWakes", TestNewConnectionWakes},
-		{"ClientClosesWhileHeld", TestClientClosesWhileHeld}, {"ClientResetsWhileHeld", TestClientResetsWhileHeld},
-		{"MalformedPackets", TestMalformedPackets}, {"RulesFlushed", TestRulesFlushed},
-		{"FilterCrash", func(t *testing.T) { filterCrash(t, gated(), 500*time.Millisecond) }},
-		{"Reboot", TestReboot}, {"Adopted", TestAdopted}, {"DualStack", dualStack}, {"ExtensionHeaders", extensionHeaders},
-	} {
-		t.Run(c.name, c.test)
-	}
-}
-
 // dualStack is one application with an address of each family, and a server
 // that takes both on one socket, where the connections of IPv4 show as mapped
 // addresses.

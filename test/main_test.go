@@ -33,6 +33,11 @@ var (
 	// after another.
 	vip     = vip4
 	toolDir string // bytecount and demo
+	// behindNode has applications run in network namespaces of their own.
+	behindNode bool
+	// adopted has the filter forget applications and connections before the
+	// test goes on with them.
+	adopted bool
 )
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
@@ -120,6 +125,9 @@ func newNode(t *testing.T, o harness.Options) *harness.Node {
 		o.Name = "t"
 	}
 	o.Bin = binDir
+	for i := range o.Apps {
+		o.Apps[i] = placed(o.Apps[i])
+	}
 	n, err := harness.New(o)
 	if err != nil {
 		t.Fatal(err)
@@ -135,6 +143,36 @@ func newNode(t *testing.T, o harness.Options) *harness.Node {
 	return n
 }
 
+// placed puts an application where the test that runs wants it.
+func placed(a harness.App) harness.App {
+	a.Namespace = a.Namespace || behindNode
+	return a
+}
+
+// adopt takes everything from the filter that it knows, where the test that
+// runs wants that, and has it adopt the application that runs on with its
+// connections.
+func adopt(t *testing.T, n *harness.Node, app string) {
+	t.Helper()
+	if !adopted {
+		return
+	}
+	must(t, n.Filter.Stop(5*time.Second))
+	purge(t, n)
+	must(t, os.Remove(n.Path("state", "journal.db")))
+	must(t, n.StartFilter())
+	must(t, n.Ctl("start", app).Err())
+}
+
+// purge removes the packet rules and sets.
+func purge(t *testing.T, n *harness.Node) {
+	t.Helper()
+	out, err := n.Net.Node().Command(n.Program("nfconnfilter"), append([]string{"rules", "--purge"}, n.Args()...)...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("purge: %v\n%s", err, out)
+	}
+}
+
 // redisUp is a node with a running Redis and n connected clients that have
 // each exchanged four commands.
 func redisUp(t *testing.T, o harness.Options, n int, mix ...clients.KeepAlive) (*harness.Node, *clients.Load) {
@@ -144,7 +182,9 @@ func redisUp(t *testing.T, o harness.Options, n int, mix ...clients.KeepAlive) (
 	}
 	node := newNode(t, o)
 	must(t, node.Up())
-	return node, redisClients(t, node, n, mix...)
+	load := redisClients(t, node, n, mix...)
+	adopt(t, node, "redis")
+	return node, load
 }
 
 func redisClients(t *testing.T, node *harness.Node, n int, mix ...clients.KeepAlive) *clients.Load {

@@ -26,70 +26,15 @@ func behindUp(t *testing.T, n int, mix ...clients.KeepAlive) (*harness.Node, *cl
 // strictHold is longer than the strictest keepalive lives without answers.
 const strictHold = 5 * time.Second
 
-// TestBehindHoldAndWake: held under strict keepalive, woken by data, and once
-// more on top of that.
-func TestBehindHoldAndWake(t *testing.T) {
-	n, load := behindUp(t, 500, clients.Strictest)
-	unnoticed := watch(t, n.Net, vip)
-	rounds(t, load, 1) // the capture knows all numbers from here on
-	for i, d := range []time.Duration{strictHold, time.Second} {
-		snapshot(t, n, "redis", "redis-server")
-		held(t, n, "redis", "redis-server", load, d)
-		took := wake(t, n, "redis", load.Clients[i*7])
-		t.Logf("cycle %d: the waking command took %v", i+1, took.Round(100*time.Microsecond))
-		rounds(t, load, 4)
-	}
-	s, err := n.Status("redis")
-	must(t, err)
-	if s.Connections["CONNECT"] != len(load.Clients) {
-		t.Errorf("connections: %v, want %d in CONNECT", s.Connections, len(load.Clients))
-	}
-	unnoticed()
-}
-
-func TestBehindUnderTraffic(t *testing.T) {
-	n, load := behindUp(t, 100)
-	unnoticed := watch(t, n.Net, vip)
-	rounds(t, load, 1)
-	underTraffic(t, n, load, 3)
-	unnoticed()
-}
-
-func TestBehindBulkWriters(t *testing.T) { bulkWriters(t, true, 2*time.Second) }
-
-func TestBehindNewConnection(t *testing.T) {
-	n, load := behindUp(t, 20)
-	newConnectionWakes(t, n, load)
-}
-
-func TestBehindClientCloses(t *testing.T) {
-	n, load := behindUp(t, 20)
-	clientCloses(t, n, load)
-}
-
-func TestBehindClientResets(t *testing.T) {
-	n, load := behindUp(t, 20)
-	clientResets(t, n, load)
-}
-
-func TestBehindSmallSegmentChecksums(t *testing.T) { smallSegments(t, behind()) }
-
-// TestBehindConntrack: a firewall that forwards what it has tracked and nothing
+// behindConntrack: a firewall that forwards what it has tracked and nothing
 // else.
-func TestBehindConntrack(t *testing.T) {
+func behindConntrack(t *testing.T) {
 	behindFirewall(t, behind(),
 		"-A FORWARD -m conntrack --ctstate INVALID -j DROP",
 		"-A OUTPUT -m conntrack --ctstate INVALID -j DROP",
 		"-A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED,UNTRACKED -j ACCEPT",
 		"-A FORWARD -p tcp --syn --dport 6379 -m conntrack --ctstate NEW -j ACCEPT",
 		"-P FORWARD DROP")
-}
-
-// TestBehindFilterCrash kills the filter in every state.
-func TestBehindFilterCrash(t *testing.T) {
-	app := gated()
-	app.Namespace = true
-	filterCrash(t, app, 500*time.Millisecond)
 }
 
 // TestBehindNamespaceGoes: while the application is away its namespace goes,

@@ -110,12 +110,10 @@ func TestWrongChecksums(t *testing.T) {
 // TestSmallSegmentChecksums sends segments of a byte, of a few bytes and large
 // ones over translated connections: the kernel accepts a wrong checksum on a
 // large outbound segment, so bulk alone would prove nothing.
-func TestSmallSegmentChecksums(t *testing.T) { smallSegments(t, harness.Redis("redis", vip)) }
-
-func smallSegments(t *testing.T, app harness.App) {
+func TestSmallSegmentChecksums(t *testing.T) {
 	for _, off := range []bool{false, true} {
 		t.Run(map[bool]string{false: "offloads", true: "no offloads"}[off], func(t *testing.T) {
-			n, load := redisUp(t, harness.Options{Name: "csum", NoOffloads: off, Apps: []harness.App{app}}, 20)
+			n, load := redisUp(t, harness.Options{Name: "csum", NoOffloads: off}, 20)
 			big := make([]*clients.RedisRaw, 3)
 			for i := range big {
 				var err error
@@ -242,11 +240,6 @@ func TestSynToOtherPort(t *testing.T) {
 
 func TestNewConnectionWakes(t *testing.T) {
 	n, load := redisUp(t, harness.Options{Name: "new"}, 50)
-	newConnectionWakes(t, n, load)
-}
-
-func newConnectionWakes(t *testing.T, n *harness.Node, load *clients.Load) {
-	t.Helper()
 	snapshot(t, n, "redis", "redis-server")
 	held(t, n, "redis", "redis-server", load, time.Second)
 	start := time.Now()
@@ -262,11 +255,6 @@ func newConnectionWakes(t *testing.T, n *harness.Node, load *clients.Load) {
 // TestClientClosesWhileHeld: a FIN wakes the application, which sees the close.
 func TestClientClosesWhileHeld(t *testing.T) {
 	n, load := redisUp(t, harness.Options{Name: "fin"}, 20)
-	clientCloses(t, n, load)
-}
-
-func clientCloses(t *testing.T, n *harness.Node, load *clients.Load) {
-	t.Helper()
 	leaver := load.Clients[5]
 	load.Clients = append(load.Clients[:5:5], load.Clients[6:]...)
 	defer leaver.Close()
@@ -287,11 +275,6 @@ func clientCloses(t *testing.T, n *harness.Node, load *clients.Load) {
 // the application is back.
 func TestClientResetsWhileHeld(t *testing.T) {
 	n, load := redisUp(t, harness.Options{Name: "rst"}, 20)
-	clientResets(t, n, load)
-}
-
-func clientResets(t *testing.T, n *harness.Node, load *clients.Load) {
-	t.Helper()
 	leaver := load.Clients[5]
 	load.Clients = append(load.Clients[:5:5], load.Clients[6:]...)
 	snapshot(t, n, "redis", "redis-server")

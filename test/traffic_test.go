@@ -27,7 +27,7 @@ func TestSnapshotUnderTraffic(t *testing.T) {
 func TestSnapshotWithLoss(t *testing.T) {
 	n, load := redisUp(t, harness.Options{Name: "loss", Apps: []harness.App{patient()}}, 50)
 	for _, chain := range []string{"INPUT", "OUTPUT"} {
-		out, err := n.Net.Client().Command("iptables", "-A", chain, "-p", "tcp", "-m", "statistic", "--mode", "random",
+		out, err := n.Net.Client().Command(iptables(), "-A", chain, "-p", "tcp", "-m", "statistic", "--mode", "random",
 			"--probability", "0.02", "-j", "DROP").CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
@@ -44,6 +44,9 @@ func patient() harness.App {
 }
 
 func underTraffic(t *testing.T, n *harness.Node, load *clients.Load, snapshots int) {
+	t.Helper()
+	unnoticed := watch(t, n.Net, vip)
+	rounds(t, load, 1) // the capture knows all numbers from here on
 	var stop atomic.Bool
 	done := make([]atomic.Int64, len(load.Clients))
 	var wg sync.WaitGroup
@@ -91,4 +94,5 @@ func underTraffic(t *testing.T, n *harness.Node, load *clients.Load, snapshots i
 	wg.Wait()
 	must(t, clients.Summary(slices.DeleteFunc(errs, func(err error) bool { return err == nil })))
 	rounds(t, load, 4)
+	unnoticed()
 }

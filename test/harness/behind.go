@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/nfconnfilter/nfconnfilter/internal/testnet"
 )
@@ -14,8 +15,9 @@ import (
 func (n *Node) Behind(app string) *testnet.NS { return n.behind[app] }
 
 // AddBehind makes the namespace of an application and joins it to the node,
-// which forwards for it, routes the VIP there and answers for it on its link.
-func (n *Node) AddBehind(app, vip string) (err error) {
+// which forwards for it, routes the VIPs (joined by commas) there and answers
+// for them on its link.
+func (n *Node) AddBehind(app, vips string) (err error) {
 	i := n.links[app]
 	if i == 0 {
 		i = len(n.links) + 1
@@ -40,18 +42,34 @@ func (n *Node) AddBehind(app, vip string) (err error) {
 			return err
 		}
 	}
-	for _, key := range []string{"net/ipv4/ip_forward", "net/ipv4/conf/all/rp_filter", "net/ipv4/conf/" + testnet.Iface + "/proxy_arp"} {
+	at6 := func(last int) string { return fmt.Sprintf("fd78:%d::%d", i, last) }
+	for _, key := range []string{"net/ipv4/ip_forward", "net/ipv4/conf/all/rp_filter", "net/ipv4/conf/" + testnet.Iface + "/proxy_arp",
+		"net/ipv6/conf/all/forwarding", "net/ipv6/conf/" + testnet.Iface + "/proxy_ndp"} {
 		if err := node.Sysctl(key, "1"); err != nil {
 			return err
 		}
 	}
-	return errors.Join(
+	err = errors.Join(
 		node.Sysctl("net/ipv4/neigh/"+testnet.Iface+"/proxy_delay", "0"),
-		node.AddAddr(dev, at(1)+"/30"),
-		ns.AddAddr(testnet.Iface, at(2)+"/30"),
-		ns.AddRoute(testnet.Iface, "default", netip.MustParseAddr(at(1))),
-		node.AddRoute(dev, vip+"/32", netip.MustParseAddr(at(2))),
+		node.Sysctl("net/ipv6/neigh/"+testnet.Iface+"/proxy_delay", "0"),
+		node.AddAddr(dev, at(1)+"/30"), node.AddAddr(dev, at6(1)+"/64"),
+		ns.AddAddr(testnet.Iface, at(2)+"/30"), ns.AddAddr(testnet.Iface, at6(2)+"/64"),
+		ns.AddRoute(testnet.Iface, "0.0.0.0/0", netip.MustParseAddr(at(1))),
+		ns.AddRoute(testnet.Iface, "::/0", netip.MustParseAddr(at6(1))),
 	)
+	for v := range strings.SplitSeq(vips, ",") {
+		addr, gateway := netip.MustParseAddr(v), at(2)
+		if addr.Is6() {
+			gateway = at6(2)
+			// Forwarding alone answers ARP by the route; neighbour discovery wants each address.
+			out, nerr := node.Command("ip", "-6", "neigh", "replace", "proxy", v, "dev", testnet.Iface).CombinedOutput()
+			if nerr != nil {
+				err = errors.Join(err, fmt.Errorf("proxy for %s: %w: %s", v, nerr, out))
+			}
+		}
+		err = errors.Join(err, node.AddRoute(dev, netip.PrefixFrom(addr, addr.BitLen()).String(), netip.MustParseAddr(gateway)))
+	}
+	return err
 }
 
 // namespacePath is how the configuration names an application's namespace, the
