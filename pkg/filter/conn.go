@@ -63,6 +63,8 @@ type conn struct {
 	probeAt   Time         // not before then is the remote asked
 	askAt     Time         // not before then is local asked again
 	sendQueue uint32       // octets that sock_diag showed unacknowledged at SNAPSHOTSTART
+	acked     seqnum.Value // what it showed acknowledged
+	ackedOK   bool         // acked is known
 	localGone bool
 	fwd       bool // fwdAck and fwdWnd were handed to local
 	fwdAt     Time
@@ -216,9 +218,7 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 		c.inEnd = s.End()
 	}
 	c.ep.NoteWindow(s)
-	if c.ep.SndUna.Less(s.Ack) {
-		c.ep.SndUna = s.Ack
-	}
+	c.ep.Acked(s.Ack)
 	// RFC 7323 section 4.3: up to the last acknowledgement that local sent.
 	if s.Opt.HasTS && s.Seq.LessEq(c.ep.RcvNxt) && seqnum.NewerTS(s.Opt.TSVal, c.ep.TSRec) {
 		c.ep.TSRec, c.ep.TSAt = s.Opt.TSVal, now
@@ -275,9 +275,8 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 			c.finish(now, s)
 			return
 		}
-		// What lay unacknowledged when the sockets were listed is so until the
-		// remote says otherwise.
-		c.ep.SndNxt, c.ep.RcvNxt, c.ep.SndUna = end, s.Ack, s.Seq.Add(-c.sendQueue)
+		c.ep.SndNxt, c.ep.RcvNxt = end, s.Ack
+		c.firstUna(s.Seq)
 		if s.Opt.HasTS {
 			if c.ep.TSAt == 0 {
 				c.ep.TSRec, c.ep.TSAt = s.Opt.TSEcr, now
@@ -309,6 +308,17 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 		}
 	}
 	c.finish(now, s)
+}
+
+// firstUna sets SND.UNA when local's numbers become known: what was
+// acknowledged when the sockets were listed. Where only the length of the send
+// queue is known from then, what local has said since seems to be acknowledged
+// and may not be: then only the remote's own word is handed on to local.
+func (c *conn) firstUna(next seqnum.Value) {
+	c.ep.SndUna, c.ep.Guess = next.Add(-c.sendQueue), true
+	if c.ackedOK && c.acked.LessEq(next) {
+		c.ep.SndUna, c.ep.Guess = c.acked, false
+	}
 }
 
 // noteClock takes local's timestamp. One that seems to be older comes of a

@@ -3,6 +3,7 @@ package filter
 import (
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 	"github.com/nfconnfilter/nfconnfilter/pkg/tcpemu"
 )
 
@@ -368,7 +369,7 @@ func (e *Engine) awayOut(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 	}
 	if !a.sealed && !c.sealed {
 		if a.passCloses || s.Flags&(packet.FIN|packet.RST) == 0 || !c.alive() {
-			e.frozenOut(now, c, fx)
+			e.frozenOut(now, c, p, fx)
 			return
 		}
 		if s.Has(packet.FIN) && s.PayloadLen() > 0 {
@@ -400,7 +401,7 @@ func (e *Engine) synAway(now Time, a *app, c *conn, fx *Effects) {
 }
 
 // frozenOut passes what local still says before the seal.
-func (e *Engine) frozenOut(now Time, c *conn, fx *Effects) {
+func (e *Engine) frozenOut(now Time, c *conn, p *Packet, fx *Effects) {
 	s := &e.seg
 	if e.isAnswer(now, c, s) {
 		fx.drop(AskAnswer)
@@ -409,6 +410,12 @@ func (e *Engine) frozenOut(now Time, c *conn, fx *Effects) {
 	fx.accept(FrozenPass)
 	if c.translated {
 		return // seen again behind routing, where it is translated and noted
+	}
+	if c.refresh(now, s) {
+		if p.Info&CsumNotReady != 0 {
+			s.FillChecksum()
+		}
+		fx.modified(FrozenPass, s.Raw())
 	}
 	c.observeOut(now, s, true)
 	if s.Has(packet.RST) {
@@ -423,6 +430,18 @@ func (e *Engine) frozenOut(now Time, c *conn, fx *Effects) {
 	if c.last == localSpoke && !c.frozen {
 		c.freeze()
 	}
+}
+
+// refresh gives s, a segment of local that was overtaken by an answer to us,
+// the timestamp of that answer: the remote has seen it in a word of ours, and
+// would take s for an old duplicate (PAWS, RFC 7323 section 5.3).
+func (c *conn) refresh(now Time, s *packet.Segment) bool {
+	const overtaken = 1e9
+	if !c.learned || !s.Opt.HasTS || now-c.spokeAt > overtaken || !seqnum.NewerTS(c.ep.TSVal, s.Opt.TSVal) {
+		return false
+	}
+	s.SetTS(c.ep.TSVal, s.Opt.TSEcr)
+	return true
 }
 
 // reopens tells whether s, local's own acknowledgement in the freeze, would

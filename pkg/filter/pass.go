@@ -362,6 +362,9 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 		return
 	}
 	c.tr.Outbound(s, c.id.Local.Port(), &c.edge)
+	if c.app.state.Away() {
+		c.refresh(now, s)
+	}
 	if p.Info&CsumNotReady != 0 {
 		s.FillChecksum()
 	}
@@ -434,7 +437,7 @@ func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 		c.learned = true
 		ep.SndNxt, ep.RcvNxt = seq, ack
 		if !c.reloaded || c.app.state == appstate.SnapshotStart {
-			ep.SndUna = seq.Add(-c.sendQueue)
+			c.firstUna(seq)
 		}
 	}
 	if ep.RcvNxt.Less(ack) {

@@ -38,6 +38,7 @@ type ConnRecord struct {
 
 	Opt                    tcpemu.Options
 	SndUna, SndNxt, RcvNxt seqnum.Value
+	Guess                  bool // of SndUna
 	Window                 uint16
 	Edge                   seqnum.Value
 	RemoteWnd              uint32
@@ -149,7 +150,7 @@ func (c *conn) record() *ConnRecord {
 	ep := &c.ep
 	return &ConnRecord{
 		App: c.app.name, ID: c.id, Role: c.role, State: c.state,
-		Opt: ep.Opt, SndUna: ep.SndUna, SndNxt: ep.SndNxt, RcvNxt: ep.RcvNxt,
+		Opt: ep.Opt, SndUna: ep.SndUna, Guess: ep.Guess, SndNxt: ep.SndNxt, RcvNxt: ep.RcvNxt,
 		Window: ep.Window, Edge: ep.Edge, RemoteWnd: ep.RemoteWnd, RemoteLast: ep.RemoteLast, RemoteSeen: ep.RemoteSeen,
 		TSVal: ep.TSVal, TSRec: ep.TSRec, TSAt: ep.TSAt,
 		Handshake: c.handshake, AckSeen: c.ackSeen || c.listed, Learned: c.learned,
@@ -232,7 +233,7 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 		return
 	}
 	ep := &c.ep
-	ep.Opt, ep.SndUna, ep.SndNxt, ep.RcvNxt = r.Opt, r.SndUna, r.SndNxt, r.RcvNxt
+	ep.Opt, ep.SndUna, ep.Guess, ep.SndNxt, ep.RcvNxt = r.Opt, r.SndUna, r.Guess, r.SndNxt, r.RcvNxt
 	ep.Window, ep.Edge, ep.RemoteWnd, ep.RemoteLast, ep.RemoteSeen = r.Window, r.Edge, r.RemoteWnd, r.RemoteLast, r.RemoteSeen
 	ep.TSVal, ep.TSRec, ep.TSAt = r.TSVal, r.TSRec, r.TSAt
 	c.handshake, c.ackSeen, c.frozen, c.confirmed = r.Handshake, r.AckSeen, r.Frozen, r.Confirmed

@@ -52,6 +52,7 @@ func (c *conn) prepare(now Time) {
 	}
 	c.listed, c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false, false
 	c.asks, c.askFrom, c.askAt, c.discarded, c.fwd = 0, 0, 0, 0, false
+	c.sendQueue, c.ackedOK = 0, false
 	c.last, c.lastIn, c.lastOut = nobody, 0, 0
 	c.hsDone, c.hsStarted, c.hsError = false, false, ""
 	c.ep.Closed, c.hole = false, false
@@ -137,6 +138,7 @@ func (c *conn) info(now Time, s *Socket) {
 	if c.handshake {
 		c.ep.RcvNxt = c.irs.Add(1 + uint32(s.BytesReceived))
 		c.rcvKnown = true
+		c.acked, c.ackedOK = c.iss.Add(1+uint32(s.BytesAcked)), s.Passive // the other side's SYN counts too
 		return
 	}
 	o := &c.ep.Opt

@@ -28,6 +28,7 @@ type Endpoint struct {
 	Opt           Options
 
 	SndUna seqnum.Value // oldest octet that the remote has not acknowledged
+	Guess  bool         // SndUna may be ahead: the remote's next acknowledgement counts, whatever it says
 	SndNxt seqnum.Value // next octet that the remote expects at most
 	RcvNxt seqnum.Value // next octet that the remote is to send; acknowledged up to here
 	Window uint16       // field last announced, in units of Opt.LocalScale
@@ -149,12 +150,17 @@ func (e *Endpoint) acceptable(seq seqnum.Value, n uint32) bool {
 
 // note takes acknowledgement, window and timestamp of an acceptable segment.
 func (e *Endpoint) note(now int64, s *packet.Segment) {
-	if e.SndUna.Less(s.Ack) {
-		e.SndUna = s.Ack
-	}
+	e.Acked(s.Ack)
 	e.NoteWindow(s)
 	if e.Opt.TS && s.Opt.HasTS && s.Seq.LessEq(e.RcvNxt) {
 		e.TSRec, e.TSAt = s.Opt.TSVal, now
+	}
+}
+
+// Acked takes an acknowledgement of the remote.
+func (e *Endpoint) Acked(ack seqnum.Value) {
+	if e.Guess || e.SndUna.Less(ack) {
+		e.SndUna, e.Guess = ack, false
 	}
 }
 

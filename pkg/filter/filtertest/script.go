@@ -403,6 +403,7 @@ func (w *World) sockets(how, name string) []filter.Socket {
 			Established: true, CloseWait: l.remote.fin && l.local.rcv == l.remote.nxt, Passive: true, HasInfo: true,
 			TS: l.ts, SACK: l.sack, WScale: l.scale >= 0, RemoteScale: uint8(max(l.scale, 0)), LocalScale: l.lscale,
 			SndMSS: 1448, BytesReceived: uint64(l.local.rcv.Size(l.remote.iss.Add(1))),
+			BytesAcked: uint64(l.remote.rcv.Size(l.remote.rcvBase().Add(1))),
 		})
 	}
 	return out
