@@ -42,6 +42,8 @@ type Node struct {
 
 	engine *filter.Engine
 	fx     filter.Effects
+	sent   int   // of fx.Sends
+	failed error // while doing what fx holds
 
 	mu      sync.Mutex
 	inbox   []*call
@@ -245,7 +247,13 @@ func (n *Node) batch(pkts []nfq.Packet, fp *filter.Packet) {
 	for i := range pkts {
 		p := &pkts[i]
 		*fp = filter.Packet{Hook: p.Hook, Info: p.SkbInfo, Truncated: p.Truncated(), Data: p.Payload}
+		before := len(n.fx.Sends)
 		n.engine.Step(t, ev, &n.fx)
+		if before > n.sent && n.fx.Verdict != filter.Drop {
+			// What passes must not overtake what earlier packets made us send: to
+			// the remote an acknowledgement with an older timestamp is none (PAWS).
+			n.act(before)
+		}
 		switch n.fx.Verdict {
 		case filter.Accept:
 			n.queue.Accept(p.ID)
@@ -265,11 +273,22 @@ func (n *Node) step(ev filter.Event) { n.engine.Step(now(), ev, &n.fx) }
 
 // flush does what the engine wants done, in the order of filter.Effects.
 func (n *Node) flush() {
+	n.act(len(n.fx.Sends))
+	n.tell(n.failed)
+	n.fx.Reset()
+	n.sent, n.failed = 0, nil
+}
+
+// act does what comes before replies, with the sends up to the given one.
+// Errors gather in n.failed.
+func (n *Node) act(sends int) {
 	fx := &n.fx
-	failed := n.record(fx.Records)
-	if failed != nil {
-		n.log.Error(failed.Error())
+	if err := n.record(fx.Records); err != nil {
+		n.log.Error(err.Error())
+		n.failed = errors.Join(n.failed, err)
 	}
+	clear(fx.Records)
+	fx.Records = fx.Records[:0]
 	if len(fx.Untrack) > 0 && tracking() {
 		n.flows = n.flows[:0]
 		for _, f := range fx.Untrack {
@@ -279,31 +298,32 @@ func (n *Node) flush() {
 			n.log.Warn("connection tracking entries are still there", "error", err)
 		}
 	}
+	fx.Untrack = fx.Untrack[:0]
 	if len(fx.Sets) > 0 {
 		last := n.countActive(fx.Sets)
 		for _, c := range fx.Sets {
 			n.changes = append(n.changes, rules.Change{Set: setOf[c.Set], Add: c.Add, IP: c.IP, Port: c.Port, Peer: c.Peer})
 		}
 		if err := n.apply(); err != nil {
-			failed = errors.Join(failed, err)
+			n.failed = errors.Join(n.failed, err)
 		}
 		if last {
 			n.wg.Go(n.disengage)
 		}
+		fx.Sets = fx.Sets[:0]
 	}
 	if err := n.queue.Flush(); err != nil {
 		n.log.Error("verdicts were refused", "error", err)
 	}
-	if len(fx.Sends) > 0 {
-		for i := range fx.Sends {
-			n.inj.Add(fx.Sends[i].Data, fx.Sends[i].Tracked)
+	if sends > n.sent {
+		for _, s := range fx.Sends[n.sent:sends] {
+			n.inj.Add(s.Data, s.Tracked)
 		}
+		n.sent = sends
 		if _, err := n.inj.Flush(); err != nil {
 			n.log.Warn("packets were not sent", "error", err)
 		}
 	}
-	n.tell(failed)
-	fx.Reset()
 }
 
 var setOf = [...]rules.Set{
