@@ -25,8 +25,9 @@ const (
 )
 
 var (
-	holdFlag = flag.Duration("hold", 30*time.Second, "how long the long tests hold connections (5s with -short)")
-	binDir   string // nfconnfilter and ckptctl
+	holdFlag     = flag.Duration("hold", 30*time.Second, "how long the long tests hold connections (5s with -short)")
+	capturesFlag = flag.String("captures", "", "`directory` for captures of the node's packets in tests that fail")
+	binDir       string // nfconnfilter and ckptctl
 	// nextClient numbers clients through all tests.
 	nextClient int
 	// vip is the application's address in the test that runs; tests run one
