@@ -13,6 +13,7 @@ type chain struct {
 	table, hook, name string
 	why               string
 	edge, active      string // what leads to it: SYN, FIN and RST; everything of active VIPs
+	asks              string // and what the filter injects to them
 	behind            int    // how many jumps of other chains of ours stand before its own
 	idle              bool   // nothing is active
 	rules             []rule
@@ -27,7 +28,11 @@ func (c *chain) jumps() []string {
 	if c.idle {
 		return c.edges()
 	}
-	return append(c.edges(), c.active+" -j "+c.name)
+	jumps := append(c.edges(), c.active+" -j "+c.name)
+	if c.asks != "" {
+		jumps = append(jumps, c.asks+" -j "+c.name)
+	}
+	return jumps
 }
 
 func (c *chain) edges() []string {
@@ -77,7 +82,7 @@ func chains(f *family, cfg Config) []chain {
 			{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
 		}}
 	out := chain{table: "raw", hook: "OUTPUT", name: ChainOut, why: "local to remote, before connection tracking",
-		edge: edge, active: set(Active, "src"), idle: cfg.idle, rules: []rule{
+		edge: edge, active: set(Active, "src"), asks: set(Active, "dst"), idle: cfg.idle, rules: []rule{
 			noTrack, ours,
 			{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
 			{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},

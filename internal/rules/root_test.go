@@ -79,7 +79,7 @@ func TestInstallReplacesOtherConfig(t *testing.T) {
 		t.Errorf("a temporary set is left:\n%s", got)
 	}
 	pre := sh(t, ns, "iptables -t raw -S PREROUTING; iptables -t raw -S OUTPUT")
-	if !strings.Contains(pre, " src -j NFCF-FWD\n-A PREROUTING -p udp -j ACCEPT\n") || strings.Count(pre, "NFCF-OUT") != 2 {
+	if !strings.Contains(pre, " src -j NFCF-FWD\n-A PREROUTING -p udp -j ACCEPT\n") || strings.Count(pre, "NFCF-OUT") != 3 {
 		t.Errorf("the jumps are not right:\n%s", pre)
 	}
 }

@@ -155,7 +155,7 @@ func TestRestoreInput(t *testing.T) {
 		{"the third alone", clone(func(r tableRules) { r["PREROUTING"] = slices.Concat(toIn, []string{"-j ACCEPT"}, toForward) }),
 			[]string{"*raw\n-D PREROUTING " + toForward[0] + "\n-I PREROUTING 3 " + toForward[0] + "\nCOMMIT"}, []string{":NFCF", "OUTPUT"}},
 		{"twice", clone(func(r tableRules) { r["OUTPUT"] = append(r["OUTPUT"], toOut[1]) }),
-			[]string{"-D OUTPUT " + toOut[1] + "\n-D OUTPUT " + toOut[1] + "\n-I OUTPUT 1"}, []string{":NFCF"}},
+			[]string{"-D OUTPUT " + toOut[1] + "\n-D OUTPUT " + toOut[2] + "\n-D OUTPUT " + toOut[1] + "\n-I OUTPUT 1"}, []string{":NFCF"}},
 		{"changed", clone(func(r tableRules) { r[ChainIn][4] = "-j ACCEPT" }), []string{":NFCF-IN", "-A NFCF-IN -i lo"}, []string{"-I ", "NFCF-OUT"}},
 		{"longer", clone(func(r tableRules) { r[ChainIn] = append(r[ChainIn], "-j ACCEPT") }), []string{":NFCF-IN"}, []string{"-I ", "NFCF-OUT"}},
 	} {

@@ -70,6 +70,8 @@ jumps() {
 	$1 -w -t "$2" -S "$3" | sed -n "s/^-A \($3\( .*\)* -j $4\)\$/-D \1/p"
 	echo "-I $3 1 -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -j $4"
 	echo "-I $3 2 -m set --match-set $5 $6 -j $4"
+	# what the filter injects to the application: connection tracking must not see all of it
+	if [ "$3" = OUTPUT ]; then echo "-I $3 3 -m set --match-set $5 dst -j $4"; fi
 }
 
 # forward IPTABLES PREFIX: everything that active VIPs behind the node send, third in PREROUTING.
