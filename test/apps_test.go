@@ -149,6 +149,8 @@ func behindFirewall(t *testing.T, app harness.App, rules ...string) {
 	must(t, n.Up())
 	load := redisClients(t, n, 100)
 	adopt(t, n, "redis")
+	unnoticed := watch(t, n.Net, vip)
+	rounds(t, load, 1) // the capture knows all numbers from here on
 	for i := range 3 {
 		snapshot(t, n, "redis", "redis-server")
 		held(t, n, "redis", "redis-server", load, 5*time.Second)
@@ -160,6 +162,7 @@ func behindFirewall(t *testing.T, app harness.App, rules ...string) {
 		rounds(t, late, 2)
 		late.Close()
 	}
+	unnoticed()
 }
 
 // TestDrainTimeoutAborts: a remote that never pauses keeps its connection from

@@ -17,6 +17,7 @@ import (
 
 // wireEnd is what one end of a connection has sent so far.
 type wireEnd struct {
+	fin   bool
 	known bool
 	end   seqnum.Value // behind everything sent
 	acked bool
@@ -28,8 +29,8 @@ type wireEnd struct {
 type wireConn struct{ remote, local wireEnd }
 
 // wireFaults reads a capture of the node's side towards its clients and names
-// every segment from the VIP that no quiet, living peer would send: FIN or
-// RST, an acknowledgement of what was never sent or that moves back, a number
+// every segment from the VIP that no quiet, living peer would send: RST, FIN
+// before the remote's, an acknowledgement of what was never sent or that moves back, a number
 // behind what was sent, a timestamp that moves back or echoes one that was
 // never sent.
 func wireFaults(vip string, packets []gopacket.Packet) error {
@@ -86,6 +87,7 @@ func (e *wireEnd) sent(tcp *layers.TCP) {
 	if tcp.SYN || tcp.FIN {
 		end = end.Add(1)
 	}
+	e.fin = e.fin || tcp.FIN
 	if !e.known || e.end.Less(end) {
 		e.known, e.end = true, end
 	}
@@ -106,7 +108,7 @@ func (c *wireConn) judge(tcp *layers.TCP) string {
 	ack, seq := seqnum.Value(tcp.Ack), seqnum.Value(tcp.Seq)
 	val, ecr, ts := timestamps(tcp)
 	switch l, r := &c.local, &c.remote; {
-	case tcp.FIN || tcp.RST:
+	case tcp.RST, tcp.FIN && !r.fin: // whose remote has closed may close too
 		return "FIN or RST"
 	case r.known && r.end.Less(ack):
 		return fmt.Sprintf("acknowledges %d octets that were never sent", ack.Size(r.end))
@@ -180,6 +182,8 @@ func TestWireFaults(t *testing.T) {
 		segment(true, 0xfffffff0, 104, 4, 8, "0123", nil), // again
 	}
 	must(t, wireFaults(vip, good))
+	fin := func(s *layers.TCP) { s.FIN = true }
+	must(t, wireFaults(vip, append(good[:len(good):len(good)], segment(false, 104, 2, 9, 4, "", fin), segment(true, 2, 105, 4, 9, "", fin))))
 	for want, p := range map[string]gopacket.Packet{
 		"FIN or RST":                     segment(true, 2, 104, 4, 8, "", func(s *layers.TCP) { s.FIN = true }),
 		"acknowledges 1 octets":          segment(true, 2, 105, 4, 8, "", nil),
