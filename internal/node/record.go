@@ -1,6 +1,8 @@
 package node
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"time"
 
@@ -22,6 +24,10 @@ func (n *Node) record(records []filter.Record) error {
 		return nil
 	}
 	lasting := false
+	var buf bytes.Buffer // one for all; values lie in it one behind the other
+	buf.Grow(len(records) * usualRecord)
+	first := len(n.unsaved)
+	ends := make([]int, 0, len(records))
 	for i := range records {
 		r := &records[i]
 		lasting = lasting || r.Lasting()
@@ -30,19 +36,28 @@ func (n *Node) record(records []filter.Record) error {
 		switch {
 		case r.App != nil:
 			e.Table, e.Key = journal.Apps, []byte(r.App.Name)
-			e.Value, err = cbor.Marshal(r.App)
+			err = encoding.MarshalToBuffer(r.App, &buf)
 		case r.Name != "":
 			e.Table, e.Key = journal.Apps, []byte(r.Name)
 		case r.Conn != nil:
 			e.Key = connKey(r.ID)
-			e.Value, err = cbor.Marshal(r.Conn)
+			err = encoding.MarshalToBuffer(r.Conn, &buf)
 		default:
 			e.Key = connKey(r.ID)
 		}
 		if err != nil {
+			n.unsaved = n.unsaved[:first]
 			return fmt.Errorf("encode a record: %w", err)
 		}
 		n.unsaved = append(n.unsaved, e)
+		ends = append(ends, buf.Len())
+	}
+	begin := 0
+	for i, end := range ends {
+		if end > begin {
+			n.unsaved[first+i].Value = buf.Bytes()[begin:end:end]
+		}
+		begin = end
 	}
 	if n.unsavedAt == 0 {
 		n.unsavedAt = now()
@@ -68,9 +83,32 @@ func (n *Node) save() error {
 	return nil
 }
 
+// connKey is the key of a connection: its two addresses.
 func connKey(id filter.ConnID) []byte {
-	b, _ := id.Local.AppendBinary(nil) // a valid address has no error
+	b := make([]byte, 0, 37)
+	b, _ = id.Local.AppendBinary(b) // a valid address has no error
 	b = append(b, byte(len(b)))
 	b, _ = id.Remote.AppendBinary(b)
 	return b
 }
+
+// connOf reads a key of connKey.
+func connOf(key []byte) (id filter.ConnID, err error) {
+	n := len(key) / 2 // both are of one family
+	if len(key) != 2*n+1 || int(key[n]) != n {
+		return id, fmt.Errorf("key %x is not a connection's", key)
+	}
+	return id, errors.Join(id.Local.UnmarshalBinary(key[:n]), id.Remote.UnmarshalBinary(key[n+1:]))
+}
+
+// usualRecord is about the length of a connection, octets.
+const usualRecord = 192
+
+// encoding of records.
+var encoding = func() cbor.UserBufferEncMode {
+	m, err := cbor.EncOptions{}.UserBufferEncMode()
+	if err != nil {
+		panic(err) // the options are constant
+	}
+	return m
+}()

@@ -41,9 +41,12 @@ func (n *Node) openJournal(dir string) (l legacy, err error) {
 			l.apps = append(l.apps, r)
 			return err
 		}),
-		n.journal.Read(journal.Conns, func(_, v []byte) error {
+		n.journal.Read(journal.Conns, func(k, v []byte) error {
 			var r filter.ConnRecord
 			err := cbor.Unmarshal(v, &r)
+			if err == nil {
+				r.ID, err = connOf(k)
+			}
 			l.conns = append(l.conns, r)
 			return err
 		}),

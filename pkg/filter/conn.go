@@ -117,8 +117,20 @@ func (c *conn) set(n appstate.Conn) {
 	c.app.count[c.state]--
 	c.state = n
 	c.app.count[n]++
-	if c.app.state.Away() && c.app.state != appstate.RestoreStart {
+	if c.app.state.Away() && c.app.state != appstate.RestoreStart && !c.app.derive {
 		c.app.engine.mark(c)
+	}
+}
+
+// parked makes c one whose application is away for good. It is not recorded:
+// it follows from the application's state.
+func (c *conn) parked() {
+	c.app.derive = true
+	defer func() { c.app.derive = false }()
+	c.frozen, c.sealed = true, true
+	c.hole = c.ep.SndUna != c.ep.SndNxt // only by force
+	if c.state == appstate.Connect && c.alive() || c.state == appstate.Closing && !c.finOut {
+		c.set(appstate.ConnectRmt)
 	}
 }
 

@@ -89,6 +89,7 @@ type app struct {
 	before appstate.App // where SNAPSHOTSTART came from
 	snapID string
 	marked bool // to be recorded
+	derive bool // changes of connections under way follow from its own record
 
 	include, exclude, outgoing []uint16
 	includeNets, excludeNets   []netip.Prefix
@@ -130,9 +131,12 @@ type keptSyn struct {
 
 // set moves the application to another state: the one door.
 func (a *app) set(n appstate.App, fx *Effects, why string) {
-	if n == appstate.SnapshotStart {
+	switch n {
+	case appstate.SnapshotStart:
 		a.before = a.state
-	} else {
+	case appstate.SnapshotDone, appstate.RestoreStart: // of connections only what parked derives has changed
+		a.mark()
+	default:
 		a.markAll()
 	}
 	a.state = n

@@ -464,6 +464,16 @@ func (e *Engine) finalWords(now Time, c *conn, p *Packet, fx *Effects) {
 	fx.modified(FrozenPass, s.Raw())
 }
 
+// goneAway leaves the remote side alone where local is gone. It is not
+// recorded: who takes up a sealed application takes every local side for gone.
+func (c *conn) goneAway() {
+	if c.localGone && (c.state == appstate.Connect || c.state == appstate.Closing && !c.finOut) {
+		c.app.derive = true
+		c.set(appstate.ConnectRmt)
+		c.app.derive = false
+	}
+}
+
 // sealedOut closes the local side without the remote: FIN is answered with FIN
 // and ACK, octets are acknowledged, discarded and counted, RST and the last ACK
 // are absorbed.
@@ -482,22 +492,21 @@ func (e *Engine) sealedOut(c *conn, fx *Effects) {
 	default:
 		fx.drop(SealedAck)
 	}
-	if c.localGone && (c.state == appstate.Connect || c.state == appstate.Closing && !c.finOut) {
-		c.set(appstate.ConnectRmt)
-	}
+	c.goneAway()
 	if fx.Reason != SealedFin && fx.Reason != SealedData {
 		return
 	}
 	if c.app.state == appstate.SnapshotFreeze {
-		e.mark(c)
 		if ack := s.Ack.Add(c.tr.In); c.ep.RcvNxt.Less(ack) {
 			c.bytesIn += uint64(ack.Size(c.ep.RcvNxt))
 			c.ep.RcvNxt = ack
+			e.mark(c)
 		}
 		// Octets up to SND.NXT were on the wire before: only what is behind
 		// them would be lost.
-		if d := s.Seq.Add(uint32(n)).Sub(c.localSeqOut(c.ep.SndNxt)); d > 0 {
-			c.discarded = max(c.discarded, uint64(d))
+		if d := s.Seq.Add(uint32(n)).Sub(c.localSeqOut(c.ep.SndNxt)); d > 0 && uint64(d) > c.discarded {
+			c.discarded = uint64(d)
+			e.mark(c)
 		}
 	}
 	sp := packet.Spec{

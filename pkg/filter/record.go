@@ -12,52 +12,78 @@ import (
 	"github.com/nfconnfilter/nfconnfilter/pkg/tcpemu"
 )
 
-// AppRecord is what of an application must outlive the filter.
+// AppRecord is what of an application must outlive the filter. The tags number
+// the fields for an encoding that omits what is zero; a number is never used
+// for something else.
 type AppRecord struct {
-	Name                           string
-	VIPs                           []netip.Addr
-	Include, Exclude, Outgoing     []uint16
-	IncludeAddresses, ExcludeAddrs []netip.Prefix
-	State                          appstate.App
-	SnapshotID                     string
-	Listen                         []uint16
-	Quiet                          Time
-	Sealed, PassCloses, Wake       bool
-	BytesIn, BytesOut              uint64 // of connections that ended
+	Name             string         `cbor:"1,keyasint,omitempty"`
+	VIPs             []netip.Addr   `cbor:"2,keyasint,omitempty"`
+	Include          []uint16       `cbor:"3,keyasint,omitempty"`
+	Exclude          []uint16       `cbor:"4,keyasint,omitempty"`
+	Outgoing         []uint16       `cbor:"5,keyasint,omitempty"`
+	IncludeAddresses []netip.Prefix `cbor:"6,keyasint,omitempty"`
+	ExcludeAddrs     []netip.Prefix `cbor:"7,keyasint,omitempty"`
+	State            appstate.App   `cbor:"8,keyasint,omitempty"`
+	SnapshotID       string         `cbor:"9,keyasint,omitempty"`
+	Listen           []uint16       `cbor:"10,keyasint,omitempty"`
+	Quiet            Time           `cbor:"11,keyasint,omitempty"`
+	Sealed           bool           `cbor:"12,keyasint,omitempty"`
+	PassCloses       bool           `cbor:"13,keyasint,omitempty"`
+	Wake             bool           `cbor:"14,keyasint,omitempty"`
+	BytesIn          uint64         `cbor:"15,keyasint,omitempty"` // of connections that ended
+	BytesOut         uint64         `cbor:"16,keyasint,omitempty"`
 }
 
 // ConnRecord is what of a connection must outlive the filter while its
 // application is away or the connection is translated. Numbers are the
 // remote's view; those of a translated connection are as they were when it was
-// re-established.
+// re-established. Tags as in AppRecord.
 type ConnRecord struct {
-	App   string
-	ID    ConnID
-	Role  appstate.Role
-	State appstate.Conn
+	App   string         `cbor:"1,keyasint,omitempty"`
+	ID    ConnID         `cbor:"-"` // in the key
+	Role  appstate.Role  `cbor:"3,keyasint,omitempty"`
+	State appstate.Conn  `cbor:"4,keyasint,omitempty"`
+	Opt   tcpemu.Options `cbor:"5,keyasint,omitempty"`
 
-	Opt                    tcpemu.Options
-	SndUna, SndNxt, RcvNxt seqnum.Value
-	Guess                  bool // of SndUna
-	Window                 uint16
-	Edge                   seqnum.Value
-	RemoteWnd              uint32
-	RemoteLast             uint16
-	RemoteSeen             bool
-	TSVal, TSRec           uint32
-	TSAt                   Time
+	SndUna     seqnum.Value `cbor:"6,keyasint,omitempty"`
+	Guess      bool         `cbor:"7,keyasint,omitempty"` // of SndUna
+	SndNxt     seqnum.Value `cbor:"8,keyasint,omitempty"`
+	RcvNxt     seqnum.Value `cbor:"9,keyasint,omitempty"`
+	Window     uint16       `cbor:"10,keyasint,omitempty"`
+	Edge       seqnum.Value `cbor:"11,keyasint,omitempty"`
+	RemoteWnd  uint32       `cbor:"12,keyasint,omitempty"`
+	RemoteLast uint16       `cbor:"13,keyasint,omitempty"`
+	RemoteSeen bool         `cbor:"14,keyasint,omitempty"`
+	TSVal      uint32       `cbor:"15,keyasint,omitempty"`
+	TSRec      uint32       `cbor:"16,keyasint,omitempty"`
+	TSAt       Time         `cbor:"17,keyasint,omitempty"`
 
-	Handshake, AckSeen, Learned, Frozen, Confirmed, Sealed, LocalGone bool
-	ISS, IRS                                                          seqnum.Value
-	Refused                                                           string
-	Created                                                           Time
-	BytesIn, BytesOut, Discarded                                      uint64
-	FinIn, FinOut, RemoteFirst, FinOwed, Hole                         bool
-	FinInEnd, FinOutEnd                                               seqnum.Value
+	Handshake bool         `cbor:"18,keyasint,omitempty"`
+	AckSeen   bool         `cbor:"19,keyasint,omitempty"`
+	Learned   bool         `cbor:"20,keyasint,omitempty"`
+	Frozen    bool         `cbor:"21,keyasint,omitempty"`
+	Confirmed bool         `cbor:"22,keyasint,omitempty"`
+	Sealed    bool         `cbor:"23,keyasint,omitempty"`
+	LocalGone bool         `cbor:"24,keyasint,omitempty"`
+	ISS       seqnum.Value `cbor:"25,keyasint,omitempty"`
+	IRS       seqnum.Value `cbor:"26,keyasint,omitempty"`
+	Refused   string       `cbor:"27,keyasint,omitempty"`
+	Created   Time         `cbor:"28,keyasint,omitempty"`
+	BytesIn   uint64       `cbor:"29,keyasint,omitempty"`
+	BytesOut  uint64       `cbor:"30,keyasint,omitempty"`
+	Discarded uint64       `cbor:"31,keyasint,omitempty"`
 
-	HsIRS      seqnum.Value
-	Translated bool
-	Tr         rewrite.Translation
+	FinIn       bool         `cbor:"32,keyasint,omitempty"`
+	FinOut      bool         `cbor:"33,keyasint,omitempty"`
+	RemoteFirst bool         `cbor:"34,keyasint,omitempty"`
+	FinOwed     bool         `cbor:"35,keyasint,omitempty"`
+	Hole        bool         `cbor:"36,keyasint,omitempty"`
+	FinInEnd    seqnum.Value `cbor:"37,keyasint,omitempty"`
+	FinOutEnd   seqnum.Value `cbor:"38,keyasint,omitempty"`
+
+	HsIRS      seqnum.Value        `cbor:"39,keyasint,omitempty"`
+	Translated bool                `cbor:"40,keyasint,omitempty"`
+	Tr         rewrite.Translation `cbor:"41,keyasint,omitempty"`
 }
 
 // Record is one thing to be kept: an application, a connection, or, where both
@@ -248,6 +274,14 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	if c.translated {
 		a.translated++
 	}
+	if a.state == appstate.SnapshotFreeze && a.sealed && c.alive() {
+		c.localGone = true // an answer to its last words may have left
+		c.goneAway()
+	}
+	if a.state == appstate.SnapshotDone || a.state == appstate.RestoreStart {
+		c.parked()
+		e.openHeld(c, fx)
+	}
 }
 
 // resume goes on where the earlier filter stopped.
@@ -270,13 +304,7 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 		a.froze, a.since = now, now
 		e.tick(now, a, fx)
 	case appstate.RestoreStart:
-		// Nothing was opened yet. What answered the handshakes, or refused them, is
-		// started anew.
-		for _, c := range a.conns {
-			if c.state == appstate.Restoring || c.state == appstate.Connect && c.ackSeen || c.state == appstate.Closing && !c.finIn && !c.finOut {
-				c.set(appstate.ConnectRmt)
-			}
-		}
+		// Nothing was opened yet, and nothing of it is recorded.
 		a.wake = true
 		a.set(appstate.SnapshotDone, fx, "a restore was cut off by the end of the filter; the connections are held")
 		e.requestRestore(now, a, fx)

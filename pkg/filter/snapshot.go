@@ -38,6 +38,7 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 	}
 	e.pending = append(e.pending, &pending{id: r.ID, app: a, body: b, deadline: now + cmp.Or(b.Timeout, 2e9)})
 	e.tick(now, a, fx)
+	e.duePending(now, fx) // it may be that nothing is to be learned
 	return nil, nil, true
 }
 
@@ -215,7 +216,11 @@ func (e *Engine) snapshotFreeze(now Time, b *SnapshotFreeze, a *app, fx *Effects
 	if b.Boundary == boundaryNow {
 		a.freezeAll()
 	}
-	e.tick(now, a, fx)
+	for _, c := range a.conns {
+		e.freezeQuiet(now, c)
+	}
+	a.tickAt = now + 1 // local is asked behind the answer
+	e.at(a.tickAt)
 	return a.result(), nil
 }
 
@@ -257,11 +262,7 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 			e.dismiss(c, fx)
 			continue
 		}
-		c.frozen, c.sealed = true, true
-		c.hole = c.ep.SndUna != c.ep.SndNxt // only by force
-		if c.state == appstate.Connect && c.alive() || c.state == appstate.Closing && !c.finOut {
-			c.set(appstate.ConnectRmt)
-		}
+		c.parked()
 		e.trimKept(c)
 		e.openHeld(c, fx)
 	}

@@ -12,16 +12,17 @@ import (
 // the local stack's. Differences are taken modulo 2^32 and mean
 // remote view = local view + difference.
 type Translation struct {
-	Out   uint32 // of local's sequence numbers: SEG.SEQ outbound, SEG.ACK and SACK inbound
-	In    uint32 // of the remote's sequence numbers: SEG.SEQ inbound, SEG.ACK and SACK outbound
-	TSOut uint32 // of local's timestamp clock: TSval outbound, TSecr inbound
-	TSIn  uint32 // of the remote's timestamp clock: TSval inbound, TSecr outbound
+	Out   uint32 `cbor:"1,keyasint,omitempty"` // of local's sequence numbers: SEG.SEQ outbound, SEG.ACK and SACK inbound
+	In    uint32 `cbor:"2,keyasint,omitempty"` // of the remote's sequence numbers: SEG.SEQ inbound, SEG.ACK and SACK outbound
+	TSOut uint32 `cbor:"3,keyasint,omitempty"` // of local's timestamp clock: TSval outbound, TSecr inbound
+	TSIn  uint32 `cbor:"4,keyasint,omitempty"` // of the remote's timestamp clock: TSval inbound, TSecr outbound
 
-	Port uint16 // local's own port; 0: the one that the remote sees
+	Port uint16 `cbor:"5,keyasint,omitempty"` // local's own port; 0: the one that the remote sees
 
 	// Window scale that local announced in its present handshake and the one
 	// that the remote was told in the original handshake (RFC 7323 section 2).
-	ScaleLocal, ScaleSeen uint8
+	ScaleLocal uint8 `cbor:"6,keyasint,omitempty"`
+	ScaleSeen  uint8 `cbor:"7,keyasint,omitempty"`
 }
 
 // Edge is the right window edge that local granted last, in the remote's view

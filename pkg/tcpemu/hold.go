@@ -12,13 +12,15 @@ import (
 	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 )
 
-// Options are what both sides agreed on in the original handshake.
+// Options are what both sides agreed on in the original handshake. The tags
+// number them in records.
 type Options struct {
-	MSS         uint16 // that the remote announced
-	TS, SACK    bool
-	WScale      bool
-	RemoteScale uint8 // that the remote announced, for its own windows
-	LocalScale  uint8 // that the remote was told, for local's windows
+	MSS         uint16 `cbor:"1,keyasint,omitempty"` // that the remote announced
+	TS          bool   `cbor:"2,keyasint,omitempty"`
+	SACK        bool   `cbor:"3,keyasint,omitempty"`
+	WScale      bool   `cbor:"4,keyasint,omitempty"`
+	RemoteScale uint8  `cbor:"5,keyasint,omitempty"` // that the remote announced, for its own windows
+	LocalScale  uint8  `cbor:"6,keyasint,omitempty"` // that the remote was told, for local's windows
 }
 
 // Endpoint is the local side of a connection as the remote sees it: the send
