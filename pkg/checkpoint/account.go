@@ -75,5 +75,6 @@ func (r *snapshotRun) look(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	r.info = info
 	return account(r.scope, socks, info.Conns, r.leftOut), nil
 }

@@ -42,9 +42,10 @@ type snapshotRun struct {
 	scope   *scope
 	force   bool
 	drain   time.Duration
-	leftOut map[string]bool // connections that the filter could not learn
-	forced  []string        // what is missing of which connection
-	notes   []string        // what the operator should know
+	leftOut map[string]bool   // connections that the filter could not learn
+	forced  []string          // what is missing of which connection
+	notes   []string          // what the operator should know
+	info    *pb.ConnInfoReply // of the last account
 	pending *pendingSnapshot
 	id      string // known from an earlier agent
 }
@@ -364,9 +365,11 @@ func (r *snapshotRun) before() error {
 // can still be answered by running on.
 func (r *snapshotRun) prepare() error {
 	r.op.enter("prepare")
-	conns, err := r.a.connInfo(r.op.ctx, r.app.Name)
-	if err != nil {
-		return err
+	if r.info == nil { // an earlier agent has accounted for them
+		var err error
+		if r.info, err = r.a.connInfo(r.op.ctx, r.app.Name); err != nil {
+			return err
+		}
 	}
 	node, now := r.a.config().Node, time.Now().UTC()
 	if r.id == "" {
@@ -376,7 +379,8 @@ func (r *snapshotRun) prepare() error {
 	if node.Address.IsValid() {
 		m.NodeAddress = node.Address.String()
 	}
-	r.pending, err = r.a.store.begin(m, conns)
+	var err error
+	r.pending, err = r.a.store.begin(m, r.info)
 	return err
 }
 
@@ -405,9 +409,14 @@ func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
 	defer cancel()
 	r.op.enter("store")
 	id := r.pending.manifest.ID
-	conns, serr := r.a.connInfo(ctx, r.app.Name)
+	// With everything accounted for nothing has moved since.
+	var moved *pb.ConnInfoReply
+	var serr error
+	if r.force {
+		moved, serr = r.a.connInfo(ctx, r.app.Name)
+	}
 	if serr == nil {
-		serr = r.pending.commit(conns)
+		serr = r.pending.commit(moved)
 	}
 	if serr != nil {
 		err = errors.Join(err, fmt.Errorf("the snapshot is not stored: %w", serr))

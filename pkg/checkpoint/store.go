@@ -112,11 +112,13 @@ func (p *pendingSnapshot) write(conns *nfconnfilterv1.ConnInfoReply) error {
 	return nil
 }
 
-// commit writes the final connections and gives the snapshot its name: it is
-// there as a whole or not at all.
+// commit gives the snapshot its name: it is there as a whole or not at all.
+// Connections that have changed since begin are written before; nil: none.
 func (p *pendingSnapshot) commit(conns *nfconnfilterv1.ConnInfoReply) error {
-	if err := p.write(conns); err != nil {
-		return err
+	if conns != nil {
+		if err := p.write(conns); err != nil {
+			return err
+		}
 	}
 	if err := os.Rename(p.temp, p.final); err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
