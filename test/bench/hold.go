@@ -53,7 +53,6 @@ func (s holdSize) measure(bin string, rounds int) (err error) {
 			server.Start[i+1] = strconv.Itoa(s.conns + 1000)
 		}
 	}
-	server.Before = nil // what it saves is not asked for
 	n, err := harness.New(harness.Options{Name: "hold", Bin: bin, Apps: []harness.App{server}})
 	if err != nil {
 		return err
