@@ -153,7 +153,11 @@ func behindFirewall(t *testing.T, app harness.App, rules ...string) {
 	rounds(t, load, 1) // the capture knows all numbers from here on
 	for i := range 3 {
 		snapshot(t, n, "redis", "redis-server")
-		held(t, n, "redis", "redis-server", load, 5*time.Second)
+		d := time.Second
+		if i == 0 {
+			d = strictHold
+		}
+		held(t, n, "redis", "redis-server", load, d)
 		wake(t, n, "redis", load.Clients[i])
 		load.Clients[i].Piece = 3
 		rounds(t, load, 4)
