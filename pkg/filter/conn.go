@@ -322,17 +322,6 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 	c.finish(now, s)
 }
 
-// firstUna sets SND.UNA when local's numbers become known: what was
-// acknowledged when the sockets were listed. Where only the length of the send
-// queue is known from then, what local has said since seems to be acknowledged
-// and may not be: then only the remote's own word is handed on to local.
-func (c *conn) firstUna(next seqnum.Value) {
-	c.ep.SndUna, c.ep.Guess = next.Add(-c.sendQueue), true
-	if c.ackedOK && c.acked.LessEq(next) {
-		c.ep.SndUna, c.ep.Guess = c.acked, false
-	}
-}
-
 // noteClock takes local's timestamp. One that seems to be older comes of a
 // segment that was overtaken, or, after a long silence, of a clock that has
 // gone half way round (RFC 7323 section 5.5).

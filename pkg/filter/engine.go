@@ -16,7 +16,6 @@ import (
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
-	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 )
 
 // Config bounds the engine. Zero values take the defaults in brackets.
@@ -444,39 +443,6 @@ func (e *Engine) keep(c *conn, s *packet.Segment) bool {
 // askBack is how far below RCV.NXT the octet of an ask lies: far outside any
 // window, and not yet ambiguous.
 const askBack = 1 << 30
-
-// ask makes local tell its numbers: a segment outside its window is answered
-// with a duplicate ACK (RFC 9293 section 3.10.7.4). One octet of garbage is
-// answered every time; where local's RCV.NXT is not known, two empty segments
-// half the number space apart are sent instead: one of them is outside, and
-// an empty one does no harm inside.
-func (e *Engine) ask(now Time, c *conn, fx *Effects) {
-	const again = 50e6
-	sp := packet.Spec{Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.ACK}
-	c.askAt = now + again
-	if !c.asking {
-		c.asking = true
-		c.app.asked++
-	}
-	if c.learned || c.rcvKnown {
-		if c.asks == 0 {
-			c.askBase = c.localSeqIn(c.ep.RcvNxt).Add(^uint32(askBack) + 1)
-		}
-		c.asks++
-		sp.Seq = c.askBase.Add(-c.asks)
-		sp.Ack = c.localSeqOut(c.ep.SndUna)
-		sp.Payload = askPayload[:]
-		fx.send(&sp, false)
-		return
-	}
-	c.askAt = now + 10*again // local answers two empty ones a second
-	sp.Seq = seqnum.Value(e.rand())
-	fx.send(&sp, false)
-	sp.Seq = sp.Seq.Add(1 << 31)
-	fx.send(&sp, false)
-}
-
-var askPayload = [1]byte{0}
 
 // timers is a heap of deadlines (ns).
 type timers []Time
