@@ -19,10 +19,11 @@ import (
 
 // ioctlFlags are the flags of all requests; each request names its own.
 type ioctlFlags struct {
-	force, leaveOut, resetMissing bool
-	ports, outgoing, exclude      string
-	learnTimeout, quiet           time.Duration
-	boundary, namespace           string
+	force, leaveOut, resetMissing, abortOnData bool
+
+	ports, outgoing, exclude string
+	learnTimeout, quiet      time.Duration
+	boundary, namespace      string
 }
 
 // ioctlRequest is one request of the filter on the command line.
@@ -38,7 +39,7 @@ var ioctlRequests = []ioctlRequest{
 	{control.RequestUnregister, nil, []string{"force"}, ioctlUnregister},
 	{control.RequestAdopt, nil, []string{"namespace"}, ioctlAdopt},
 	{control.RequestSnapshotStart, nil, []string{"learn-timeout", "leave-out", "namespace"}, ioctlSnapshotStart},
-	{control.RequestSnapshotFreeze, nil, []string{"boundary", "quiet"}, ioctlSnapshotFreeze},
+	{control.RequestSnapshotFreeze, nil, []string{"boundary", "quiet", "abort-on-data"}, ioctlSnapshotFreeze},
 	{control.RequestSeal, nil, nil, ioctlSeal},
 	{control.RequestSnapshotDone, []string{"ID"}, []string{"force"}, ioctlSnapshotDone},
 	{control.RequestSnapshotAbort, nil, nil, ioctlSnapshotAbort},
@@ -109,6 +110,7 @@ ADOPT and SNAPSHOTSTART find the application's sockets themselves and need root.
 	f.BoolVar(&fl.leaveOut, "leave-out", false, "SNAPSHOTSTART: leave out and reset what cannot be learned")
 	f.StringVar(&fl.namespace, "namespace", "", "ADOPT, SNAPSHOTSTART: network namespace (`NAME` or path) that the application runs in")
 	f.StringVar(&fl.boundary, "boundary", control.BoundaryTurn, "SNAPSHOTFREEZE: where a connection may freeze: `turn|line|resp|now`")
+	f.BoolVar(&fl.abortOnData, "abort-on-data", false, "SNAPSHOTFREEZE: refuse SEAL once data has come for a frozen connection")
 	f.DurationVar(&fl.quiet, "quiet", 50*time.Millisecond, "SNAPSHOTFREEZE: silence that counts as finished, as a `DURATION`")
 	f.BoolVar(&fl.resetMissing, "reset-missing", false, "RESTORED: reset connections that did not come back")
 	return cmd
@@ -197,7 +199,7 @@ func ioctlSnapshotFreeze(c *cli, ctx context.Context, f *control.FilterClient, a
 	if fl.quiet < 0 {
 		return usagef("--quiet %v: it cannot be negative", fl.quiet)
 	}
-	r, err := f.SnapshotFreeze(ctx, connect.NewRequest(&nfconnfilterv1.SnapshotFreezeRequest{App: app, Boundary: fl.boundary, QuietMs: fl.quiet.Milliseconds()}))
+	r, err := f.SnapshotFreeze(ctx, connect.NewRequest(&nfconnfilterv1.SnapshotFreezeRequest{App: app, Boundary: fl.boundary, QuietMs: fl.quiet.Milliseconds(), AbortOnData: fl.abortOnData}))
 	return c.reply(app, r, err)
 }
 

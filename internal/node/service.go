@@ -222,7 +222,7 @@ func endpoint(s string) (netip.AddrPort, error) {
 }
 
 func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.SnapshotFreezeRequest]) (*connect.Response[pb.AppReply], error) {
-	return s.change(ctx, r.Msg.App, &filter.SnapshotFreeze{App: r.Msg.App, Boundary: r.Msg.Boundary, Quiet: r.Msg.QuietMs * 1e6, PassCloses: r.Msg.PassCloses})
+	return s.change(ctx, r.Msg.App, &filter.SnapshotFreeze{App: r.Msg.App, Boundary: r.Msg.Boundary, Quiet: r.Msg.QuietMs * 1e6, PassCloses: r.Msg.PassCloses, AbortOnData: r.Msg.AbortOnData})
 }
 
 func (s service) Seal(ctx context.Context, r *connect.Request[pb.SealRequest]) (*connect.Response[pb.AppReply], error) {

@@ -6,7 +6,11 @@ import (
 	"slices"
 	"strings"
 
+	"connectrpc.com/connect"
+
 	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
 
@@ -44,6 +48,17 @@ func account(s *scope, socks []sockdiag.Socket, conns []*pb.ConnInfo, leftOut ma
 	return out
 }
 
+// keeping names the connections of which the filter keeps data.
+func keeping(conns []*pb.ConnInfo) []string {
+	var out []string
+	for _, c := range conns {
+		if c.KeptBytes > 0 {
+			out = append(out, fmt.Sprintf("%s: %d bytes came", pairName(c.Local, c.Remote), c.KeptBytes))
+		}
+	}
+	return out
+}
+
 // queues tells what a socket still holds. A FIN counts 1 in each queue.
 func queues(k sockdiag.Socket) []string {
 	var m []string
@@ -76,5 +91,11 @@ func (r *snapshotRun) look(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	r.info = info
+	if r.abortOnData() {
+		if spoke := keeping(info.Conns); len(spoke) > 0 {
+			return nil, control.Error(connect.CodeFailedPrecondition, r.app.Name, "",
+				fmt.Sprintf("data came during the snapshot, and hold.on_data_during_snapshot is %q: %s; try again in quieter times", config.OnDataAbort, named(spoke)), spoke...)
+		}
+	}
 	return account(r.scope, socks, info.Conns, r.leftOut), nil
 }

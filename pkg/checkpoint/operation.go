@@ -110,6 +110,13 @@ func (o *operation) commit() error {
 	return nil
 }
 
+// takeBack says that what was to be the point of no return was refused.
+func (o *operation) takeBack() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.sealed = false
+}
+
 // inFilter adds the time of a request to the filter to the phase under way.
 func (o *operation) inFilter(d time.Duration) {
 	o.mu.Lock()

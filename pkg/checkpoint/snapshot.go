@@ -224,8 +224,15 @@ func (r *snapshotRun) freeze() error {
 	r.op.enter("freeze")
 	c := r.app.Checkpoint
 	_, err := r.a.filter.SnapshotFreeze(r.op.ctx, connect.NewRequest(&pb.SnapshotFreezeRequest{
-		App: r.app.Name, Boundary: c.Boundary, QuietMs: c.Quiet.Std().Milliseconds(), PassCloses: true}))
+		App: r.app.Name, Boundary: c.Boundary, QuietMs: c.Quiet.Std().Milliseconds(), PassCloses: true,
+		AbortOnData: r.abortOnData()}))
 	return filterError(err, r.app.Name, control.RequestSnapshotFreeze)
+}
+
+// abortOnData tells whether data that comes for a frozen connection gives the
+// snapshot up.
+func (r *snapshotRun) abortOnData() bool {
+	return r.app.Hold.OnDataDuringSnapshot == config.OnDataAbort && !r.force
 }
 
 // settle drains until everything is accounted for with the application
@@ -397,6 +404,9 @@ func (r *snapshotRun) seal() error {
 	ctx, cancel := r.op.cleanup()
 	defer cancel()
 	_, err := r.a.filter.Seal(ctx, connect.NewRequest(&pb.SealRequest{App: r.app.Name}))
+	if connect.CodeOf(err) == connect.CodeFailedPrecondition {
+		r.op.takeBack()
+	}
 	return filterError(err, r.app.Name, control.RequestSeal)
 }
 

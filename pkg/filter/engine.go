@@ -103,6 +103,7 @@ type app struct {
 
 	sealed      bool
 	passCloses  bool // until the seal
+	abortOnData bool
 	quiet       Time
 	since       Time // of SNAPSHOTSTART
 	froze       Time

@@ -32,6 +32,7 @@ type AppRecord struct {
 	Wake             bool           `cbor:"14,keyasint,omitempty"`
 	BytesIn          uint64         `cbor:"15,keyasint,omitempty"` // of connections that ended
 	BytesOut         uint64         `cbor:"16,keyasint,omitempty"`
+	AbortOnData      bool           `cbor:"17,keyasint,omitempty"`
 }
 
 // ConnRecord is what of a connection must outlive the filter while its
@@ -167,7 +168,7 @@ func (a *app) record() *AppRecord {
 	return &AppRecord{
 		Name: a.name, VIPs: a.vips, Include: a.include, Exclude: a.exclude, Outgoing: a.outgoing,
 		IncludeAddresses: a.includeNets, ExcludeAddrs: a.excludeNets, State: state, SnapshotID: id,
-		Listen: a.listen, Quiet: a.quiet, Sealed: a.sealed, PassCloses: a.passCloses, Wake: a.wake,
+		Listen: a.listen, Quiet: a.quiet, Sealed: a.sealed, PassCloses: a.passCloses, Wake: a.wake, AbortOnData: a.abortOnData,
 		BytesIn: a.bytesIn, BytesOut: a.bytesOut,
 	}
 }
@@ -241,7 +242,7 @@ func (e *Engine) Load(now Time, apps []AppRecord, conns []ConnRecord, flows func
 func (e *Engine) loadApp(r *AppRecord) {
 	a := &app{engine: e, name: r.Name, vips: r.VIPs, include: r.Include, exclude: r.Exclude, outgoing: r.Outgoing,
 		includeNets: r.IncludeAddresses, excludeNets: r.ExcludeAddrs, snapID: r.SnapshotID, listen: r.Listen,
-		quiet: cmp.Or(r.Quiet, 50e6), sealed: r.Sealed, passCloses: r.PassCloses, wake: r.Wake, wakeWhy: HeldData,
+		quiet: cmp.Or(r.Quiet, 50e6), sealed: r.Sealed, passCloses: r.PassCloses, abortOnData: r.AbortOnData, wake: r.Wake, wakeWhy: HeldData,
 		bytesIn: r.BytesIn, bytesOut: r.BytesOut}
 	e.enter(a)
 	a.state = r.State

@@ -52,6 +52,9 @@ type (
 		// The caller seals before it stops the application: until then a FIN
 		// or RST of local is the application's own word and passes.
 		PassCloses bool
+		// Octets that come for a frozen connection give the snapshot up: SEAL is
+		// refused then.
+		AbortOnData bool
 	}
 	// Seal stops everything from local to the remotes.
 	Seal struct{ App string }
@@ -266,9 +269,7 @@ func (e *Engine) apply(now Time, r *Request, a *app, fx *Effects) (res any, err 
 	case *SnapshotFreeze:
 		res, err = e.snapshotFreeze(now, b, a, fx)
 	case *Seal:
-		a.sealed = true
-		a.markAll() // nothing moves any more: these are the numbers
-		res = a.result()
+		res, err = a.seal()
 	case *SnapshotDone:
 		res, err = e.snapshotDone(now, b, a, fx)
 	case *SnapshotAbort:
@@ -283,6 +284,26 @@ func (e *Engine) apply(now Time, r *Request, a *app, fx *Effects) (res any, err 
 		res, err = e.restoreAbort(now, a, fx)
 	}
 	return res, err, false
+}
+
+func (a *app) seal() (any, error) {
+	if kept := a.keeping(); a.abortOnData && len(kept) > 0 {
+		return nil, &Error{App: a.name, State: a.state, Text: "SEAL refused: data came during the snapshot, which is to be given up for that", Conns: kept}
+	}
+	a.sealed = true
+	a.markAll() // nothing moves any more: these are the numbers
+	return a.result(), nil
+}
+
+// keeping names the connections of which octets are kept.
+func (a *app) keeping() []string {
+	var out []string
+	for _, c := range a.conns {
+		if c.app.engine.trimKept(c); len(c.kept) > 0 {
+			out = append(out, fmt.Sprintf("%v %v: %d octets came", c.id.Local, c.id.Remote, len(c.kept)))
+		}
+	}
+	return out
 }
 
 func (e *Engine) register(b *Register, fx *Effects) (any, error) {

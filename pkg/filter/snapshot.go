@@ -50,7 +50,7 @@ func (e *Engine) snapshotFreeze(now Time, b *SnapshotFreeze, a *app, fx *Effects
 	a.setVIP(fx, true, SetAway)
 	a.setVIP(fx, false, SetFull)
 	a.quiet = cmp.Or(b.Quiet, 50e6)
-	a.froze, a.passCloses = now, b.PassCloses
+	a.froze, a.passCloses, a.abortOnData = now, b.PassCloses, b.AbortOnData
 	if b.Boundary == boundaryNow {
 		a.freezeAll()
 	}
@@ -180,14 +180,14 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 		}
 		c.answered()
 		c.settleFin()
-		e.handBack(now, c, fx)
 		if c.ep.Closed || c.reloaded {
 			c.ep.Closed, c.reloaded = false, false
-			if c.learned {
+			if c.learned { // before local can acknowledge more than this does
 				sp := c.ep.Ack()
 				fx.send(&sp, false)
 			}
 		}
+		e.handBack(now, c, fx)
 		c.frozen, c.sealed, c.fwd, c.asks = false, false, false, 0
 		if !c.translated { // bulk passes unseen from now on
 			c.learned, c.rcvKnown = false, false

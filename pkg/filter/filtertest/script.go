@@ -32,7 +32,7 @@ import (
 //	request WORDS...                         as in ckptctl ioctl; besides
 //	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
 //	                                         ADOPT stale NAME,
-//	                                         SNAPSHOTFREEZE pass-closes|now
+//	                                         SNAPSHOTFREEZE pass-closes|now|abort-on-data
 //
 // Flags are joined by +, e.g. ACK or FIN+ACK. Numbers are relative: seq to the
 // next octet of that end, ack to what it has received. A segment in order moves
@@ -353,7 +353,7 @@ func (w *World) requestLine(f []string) error {
 		}
 		w.request(r)
 	case "SNAPSHOTFREEZE":
-		r := &filter.SnapshotFreeze{App: app, PassCloses: arg(1) == "pass-closes"}
+		r := &filter.SnapshotFreeze{App: app, PassCloses: arg(1) == "pass-closes", AbortOnData: arg(1) == "abort-on-data"}
 		if arg(1) == "now" {
 			r.Boundary = "now"
 		}

@@ -912,7 +912,10 @@ type SnapshotFreezeRequest struct {
 	QuietMs  int64  `protobuf:"varint,3,opt,name=quiet_ms,json=quietMs,proto3" json:"quiet_ms,omitempty"`
 	// The caller sends SEAL before it stops the application. Until then a FIN or
 	// RST of local is the application's own word and goes to the remote.
-	PassCloses    bool `protobuf:"varint,4,opt,name=pass_closes,json=passCloses,proto3" json:"pass_closes,omitempty"`
+	PassCloses bool `protobuf:"varint,4,opt,name=pass_closes,json=passCloses,proto3" json:"pass_closes,omitempty"`
+	// Data that comes for a frozen connection gives the snapshot up: SEAL is
+	// refused then.
+	AbortOnData   bool `protobuf:"varint,5,opt,name=abort_on_data,json=abortOnData,proto3" json:"abort_on_data,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -971,6 +974,13 @@ func (x *SnapshotFreezeRequest) GetQuietMs() int64 {
 func (x *SnapshotFreezeRequest) GetPassCloses() bool {
 	if x != nil {
 		return x.PassCloses
+	}
+	return false
+}
+
+func (x *SnapshotFreezeRequest) GetAbortOnData() bool {
+	if x != nil {
+		return x.AbortOnData
 	}
 	return false
 }
@@ -2884,13 +2894,14 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x18\n" +
 	"\alearned\x18\x03 \x01(\rR\alearned\x12\x1c\n" +
-	"\tunlearned\x18\x04 \x03(\tR\tunlearned\"\x81\x01\n" +
+	"\tunlearned\x18\x04 \x03(\tR\tunlearned\"\xa5\x01\n" +
 	"\x15SnapshotFreezeRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1a\n" +
 	"\bboundary\x18\x02 \x01(\tR\bboundary\x12\x19\n" +
 	"\bquiet_ms\x18\x03 \x01(\x03R\aquietMs\x12\x1f\n" +
 	"\vpass_closes\x18\x04 \x01(\bR\n" +
-	"passCloses\"\x1f\n" +
+	"passCloses\x12\"\n" +
+	"\rabort_on_data\x18\x05 \x01(\bR\vabortOnData\"\x1f\n" +
 	"\vSealRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\"^\n" +
 	"\x13SnapshotDoneRequest\x12\x10\n" +
