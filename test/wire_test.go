@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/gopacket"
 	"github.com/google/gopacket/layers"
@@ -22,11 +23,24 @@ type wireEnd struct {
 	end   seqnum.Value // behind everything sent
 	acked bool
 	ack   seqnum.Value
+	ackAt time.Time // when it came to be
 	tsval uint32
 	tsSet bool
 }
 
-type wireConn struct{ remote, local wireEnd }
+type wireConn struct {
+	remote, local wireEnd
+	hole          error        // a segment with a hole before it
+	holeEnd       seqnum.Value // and where that ended
+	holeAt        time.Time
+}
+
+// overtaking is for how long packets may wait in the kernel's queues while
+// others overtake them, reordered by how many ms a timestamp then moves back.
+const (
+	overtaking = 20 * time.Millisecond
+	reordered  = 10
+)
 
 // wireFaults reads a capture of the node's side towards its clients and names
 // every segment from the VIP that no quiet, living peer would send: RST, FIN
@@ -55,13 +69,28 @@ func wireFaults(vip string, packets []gopacket.Packet) error {
 			conns[id] = c
 		}
 		if !local {
-			c.remote.sent(tcp)
+			c.remote.sent(tcp, p.Metadata().Timestamp)
 			continue
 		}
-		if f := c.judge(tcp); f != "" {
+		at := p.Metadata().Timestamp
+		f := c.judge(tcp, at)
+		if f != "" {
 			faults = append(faults, fmt.Errorf("segment %d, to %v: %s: %v", i, id, f, p))
 		}
-		c.local.sent(tcp)
+		seq := seqnum.Value(tcp.Seq)
+		switch end := seq.Add(uint32(len(tcp.Payload))); {
+		case c.local.known && c.local.end.Less(seq) && c.hole == nil:
+			c.hole = fmt.Errorf("segment %d, to %v: a hole of %d octets before it: %v", i, id, seq.Size(c.local.end), p)
+			c.holeEnd, c.holeAt = seq, at
+		case c.hole != nil && seq.Less(c.holeEnd) && c.holeEnd.LessEq(end) && at.Sub(c.holeAt) < overtaking:
+			c.hole = nil // it was only overtaken
+		}
+		c.local.sent(tcp, at)
+	}
+	for _, c := range conns {
+		if c.hole != nil {
+			faults = append(faults, c.hole)
+		}
 	}
 	if len(faults) > 3 {
 		faults = append(faults[:3], fmt.Errorf("and %d more", len(faults)-3))
@@ -82,7 +111,7 @@ func timestamps(tcp *layers.TCP) (val, ecr uint32, ok bool) {
 }
 
 // sent takes note of a segment of this end.
-func (e *wireEnd) sent(tcp *layers.TCP) {
+func (e *wireEnd) sent(tcp *layers.TCP, at time.Time) {
 	end := seqnum.Value(tcp.Seq).Add(uint32(len(tcp.Payload)))
 	if tcp.SYN || tcp.FIN {
 		end = end.Add(1)
@@ -92,30 +121,24 @@ func (e *wireEnd) sent(tcp *layers.TCP) {
 		e.known, e.end = true, end
 	}
 	if tcp.ACK && (!e.acked || e.ack.Less(seqnum.Value(tcp.Ack))) {
-		e.acked, e.ack = true, seqnum.Value(tcp.Ack)
+		e.acked, e.ack, e.ackAt = true, seqnum.Value(tcp.Ack), at
 	}
 	if v, _, ok := timestamps(tcp); ok && (!e.tsSet || int32(v-e.tsval) > 0) {
 		e.tsSet, e.tsval = true, v
 	}
 }
 
-// reordered is by how many ms a timestamp may move back: the kernel's queues
-// let packets overtake each other when the capture begins and ends.
-const reordered = 10
-
 // judge names what is wrong with a segment of the VIP's, "" when nothing is.
-func (c *wireConn) judge(tcp *layers.TCP) string {
-	ack, seq := seqnum.Value(tcp.Ack), seqnum.Value(tcp.Seq)
+func (c *wireConn) judge(tcp *layers.TCP, at time.Time) string {
+	ack := seqnum.Value(tcp.Ack)
 	val, ecr, ts := timestamps(tcp)
 	switch l, r := &c.local, &c.remote; {
 	case tcp.RST, tcp.FIN && !r.fin: // whose remote has closed may close too
 		return "FIN or RST"
 	case r.known && r.end.Less(ack):
 		return fmt.Sprintf("acknowledges %d octets that were never sent", ack.Size(r.end))
-	case l.acked && ack.Less(l.ack):
+	case l.acked && ack.Less(l.ack) && at.Sub(l.ackAt) > overtaking:
 		return fmt.Sprintf("its acknowledgement moves back by %d", l.ack.Size(ack))
-	case l.known && l.end.Less(seq):
-		return fmt.Sprintf("a hole of %d octets before it", seq.Size(l.end))
 	case ts && l.tsSet && int32(val-l.tsval) < -reordered:
 		return fmt.Sprintf("its timestamp moves back by %d", l.tsval-val)
 	case ts && r.tsSet && int32(ecr-r.tsval) > 0:
@@ -156,6 +179,7 @@ func watch(t *testing.T, net *testnet.Net, vip string) func() {
 
 // TestWireFaults shows that the check can fail.
 func TestWireFaults(t *testing.T) {
+	clock := time.Unix(1, 0)
 	segment := func(out bool, seq, ack, val, ecr uint32, payload string, change func(*layers.TCP)) gopacket.Packet {
 		src, dst := "10.77.0.2", vip
 		tcp := layers.TCP{SrcPort: 40000, DstPort: 6379, Seq: seq, Ack: ack, ACK: true, Window: 500}
@@ -172,7 +196,10 @@ func TestWireFaults(t *testing.T) {
 		must(t, tcp.SetNetworkLayerForChecksum(&ip))
 		buf := gopacket.NewSerializeBuffer()
 		must(t, gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, &ip, &tcp, gopacket.Payload(payload)))
-		return gopacket.NewPacket(buf.Bytes(), layers.LayerTypeIPv4, gopacket.Default)
+		p := gopacket.NewPacket(buf.Bytes(), layers.LayerTypeIPv4, gopacket.Default)
+		clock = clock.Add(time.Second)
+		p.Metadata().Timestamp = clock
+		return p
 	}
 	good := []gopacket.Packet{
 		segment(false, 100, 0xfffffff0, 7, 3, "PING", nil),
@@ -184,6 +211,14 @@ func TestWireFaults(t *testing.T) {
 	must(t, wireFaults(vip, good))
 	fin := func(s *layers.TCP) { s.FIN = true }
 	must(t, wireFaults(vip, append(good[:len(good):len(good)], segment(false, 104, 2, 9, 4, "", fin), segment(true, 2, 105, 4, 9, "", fin))))
+	// A segment that is overtaken by the next acknowledgement on its way out.
+	reorder := []gopacket.Packet{segment(true, 6, 104, 5, 8, "", nil), segment(true, 2, 104, 5, 8, "0123", nil)}
+	reorder[1].Metadata().Timestamp = reorder[0].Metadata().Timestamp.Add(time.Millisecond)
+	must(t, wireFaults(vip, append(good[:len(good):len(good)], reorder...)))
+	reorder[1].Metadata().Timestamp = reorder[0].Metadata().Timestamp.Add(time.Second)
+	if err := wireFaults(vip, append(good[:len(good):len(good)], reorder...)); err == nil || !strings.Contains(err.Error(), "a hole of 4") {
+		t.Errorf("a hole that is filled late: %v", err)
+	}
 	for want, p := range map[string]gopacket.Packet{
 		"FIN or RST":                     segment(true, 2, 104, 4, 8, "", func(s *layers.TCP) { s.FIN = true }),
 		"acknowledges 1 octets":          segment(true, 2, 105, 4, 8, "", nil),
