@@ -92,7 +92,15 @@ func (n *Node) takeUp(l legacy) error {
 	for _, c := range listed[rules.Flow] {
 		flows[flowKey{netip.AddrPortFrom(c.IP, c.Port), c.Peer}] = true
 	}
-	known := func(id filter.ConnID) bool { return flows[flowKey{id.Remote, id.Local.Addr()}] }
+	// A VIP that is still captured whole: the filter ended when the connections were
+	// recorded as re-established and not all in the set yet.
+	away := map[netip.Addr]bool{}
+	for _, c := range listed[rules.Away] {
+		away[c.IP] = true
+	}
+	known := func(id filter.ConnID) bool {
+		return flows[flowKey{id.Remote, id.Local.Addr()}] || away[id.Local.Addr()]
+	}
 	if err := n.engine.Load(now(), l.apps, l.conns, known, l.rebooted, &n.fx); err != nil {
 		return fmt.Errorf("%w: %w; move journal.db away to go on without what was held", journal.ErrDamaged, err)
 	}
@@ -100,7 +108,7 @@ func (n *Node) takeUp(l legacy) error {
 	for _, c := range n.fx.Sets {
 		wanted[c] = true
 	}
-	n.clearSets(listed, wanted)
+	n.clearSets(l.apps, listed, wanted)
 	n.takeUpConfigured(listed[rules.VIP], wanted)
 	n.flush()
 	if err := n.save(); err != nil {
@@ -112,12 +120,17 @@ func (n *Node) takeUp(l legacy) error {
 }
 
 // clearSets has everything taken out of the sets that no record explains. A VIP
-// that was away stays blocked, so that nobody answers its remotes with RST,
-// until the operator decides.
-func (n *Node) clearSets(listed map[rules.Set][]rules.Change, wanted map[filter.SetChange]bool) {
-	blocked := map[netip.Addr]bool{}
+// that was away and of which there is no record stays blocked, so that nobody
+// answers its remotes with RST, until the operator decides.
+func (n *Node) clearSets(apps []filter.AppRecord, listed map[rules.Set][]rules.Change, wanted map[filter.SetChange]bool) {
+	blocked, recorded := map[netip.Addr]bool{}, map[netip.Addr]bool{}
+	for _, a := range apps {
+		for _, v := range a.VIPs {
+			recorded[v] = true
+		}
+	}
 	for _, c := range listed[rules.Away] {
-		if !wanted[filter.SetChange{Set: filter.SetAway, Add: true, IP: c.IP}] {
+		if !recorded[c.IP] && !wanted[filter.SetChange{Set: filter.SetAway, Add: true, IP: c.IP}] {
 			blocked[c.IP] = true
 			n.engine.Block(c.IP)
 			n.log.Error("an application on this VIP was away when an earlier filter ended, and there is no record of it; its connections are lost, and its traffic is dropped until 'ckptctl start' brings it up anew or 'nfconnfilter rules --purge' removes the rules", "vip", c.IP)
@@ -133,7 +146,7 @@ func (n *Node) clearSets(listed map[rules.Set][]rules.Change, wanted map[filter.
 			case set == rules.Active && blocked[c.IP]:
 				n.active[c.IP] = true
 				continue
-			case set == rules.Away, set == rules.VIP: // blocked; see takeUpConfigured
+			case set == rules.Away && blocked[c.IP], set == rules.VIP: // see takeUpConfigured
 				continue
 			case set == rules.Flow:
 				lost++

@@ -48,6 +48,7 @@ type conn struct {
 	finInEnd, finOutEnd seqnum.Value
 	closeWait           bool // sock_diag showed CLOSE_WAIT
 	finAt               Time // when a remote's FIN was seen without its number being known
+	finOutAt            Time // when a FIN of local went to the remote
 	remoteFirst, closed bool // the remote closed first; both closes were acknowledged
 	expire              Time // when a closed connection is forgotten, 0: not
 
@@ -254,6 +255,7 @@ func (c *conn) settleFin() {
 		return
 	}
 	c.finIn = false
+	c.app.engine.mark(c)
 	if c.state == appstate.Closing && !c.finOut {
 		c.set(appstate.Connect)
 	}
@@ -335,7 +337,7 @@ func (c *conn) noteClock(now Time, tsval uint32) {
 
 func (c *conn) finish(now Time, s *packet.Segment) {
 	if s.Has(packet.FIN) {
-		c.finOut, c.finOutEnd = true, s.End()
+		c.finOut, c.finOutEnd, c.finOutAt = true, s.End(), now
 		if c.app.state == appstate.SnapshotFreeze { // local's stack goes on with the remote by itself
 			c.app.engine.unkeep(c)
 			c.ep.Closed = false

@@ -101,6 +101,7 @@ type app struct {
 	askNext    int // index of the connection to ask next
 	hand       int // where makeRoom looked last
 
+	behind      bool // it is in a network namespace behind the node
 	sealed      bool
 	passCloses  bool // until the seal
 	abortOnData bool
@@ -285,7 +286,7 @@ func (e *Engine) tickConn(now Time, a *app, c *conn, room *int, fx *Effects) {
 	if c.refused != "" || c.sealed || *room <= 0 {
 		return
 	}
-	needs := c.alive() && (!c.learned || c.frozen && !c.confirmed) || unsure
+	needs := c.alive() && (!c.learned || c.frozen && !c.confirmed) || unsure && !a.sealed
 	if needs && now >= c.askAt {
 		e.ask(now, c, fx)
 		*room--

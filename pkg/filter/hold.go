@@ -3,6 +3,7 @@ package filter
 import (
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 	"github.com/nfconnfilter/nfconnfilter/pkg/tcpemu"
 )
 
@@ -50,7 +51,8 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 			fx.accept(HandshakePass)
 			return
 		}
-		ended := c.state == appstate.Closing && c.finOut && (c.finIn || !c.learned) // both sides, or before anything was captured
+		// Both sides and acknowledged, or before anything was captured; but not while local still works on its end.
+		ended := c.state == appstate.Closing && c.finOut && (c.learned && c.finIn && c.finOutEnd.LessEq(c.ep.SndUna) || !c.learned && a.sealed)
 		switch {
 		case c.state == appstate.Rst && c.hsStarted:
 			fx.drop(HeldRstIgnored) // local is to be told first; it comes again
@@ -89,6 +91,10 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 	s := &e.seg
 	v := c.ep.Receive(now, s)
+	guess := s.Has(packet.RST) || s.End().Less(c.ep.RcvNxt.Add(^uint32(0))) // an old duplicate, or anybody's
+	if !guess && (v == tcpemu.Ignore || v == tcpemu.Answer || v == tcpemu.Payload || v == tcpemu.Finish) {
+		c.echoed(s)
+	}
 	if !c.ackSeen && s.Has(packet.ACK) && s.Ack == c.ep.SndNxt && (v == tcpemu.Ignore || v == tcpemu.Answer || v == tcpemu.Payload || v == tcpemu.Finish) {
 		c.ackSeen = true // a handshake that local does not see the end of
 		c.learned, c.frozen, c.confirmed, c.sealed = true, true, true, true
@@ -106,7 +112,7 @@ func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 		e.heldNews(now, a, c, v, fx)
 		return
 	}
-	if v.MayAnswer() {
+	if v.MayAnswer() && c.ackSeen { // an open handshake has no current numbers
 		if !c.token(now, s) {
 			fx.Reason = HeldLimited
 			return
@@ -114,8 +120,17 @@ func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 		sp := c.ep.Ack()
 		fx.send(&sp, false)
 	}
-	if v == tcpemu.Ignore || v == tcpemu.Answer {
+	if !guess && (v == tcpemu.Ignore || v == tcpemu.Answer) {
 		e.strip(now, a, c, p, fx)
+	}
+}
+
+// echoed takes local's clock from what the remote echoes where nothing of local
+// was seen since its SYN-ACK: the remote would refuse an older timestamp.
+func (c *conn) echoed(s *packet.Segment) {
+	if c.handshake && c.spokeAt == 0 && !c.reloaded && s.Ack == c.ep.SndNxt &&
+		c.ep.Opt.TS && s.Opt.HasTS && seqnum.NewerTS(s.Opt.TSEcr, c.ep.TSVal) {
+		c.ep.TSVal = s.Opt.TSEcr
 	}
 }
 
@@ -171,10 +186,9 @@ func (e *Engine) heldReset(c *conn, fx *Effects) {
 // strip lets the acknowledgement of a frozen connection's segment reach local,
 // so that its buffers drain; octets never do.
 func (e *Engine) strip(now Time, a *app, c *conn, p *Packet, fx *Effects) {
-	if a.state != appstate.SnapshotFreeze || e.seg.End().Less(c.ep.RcvNxt.Add(^uint32(0))) { // anybody's guess
-		return
+	if a.state == appstate.SnapshotFreeze {
+		e.forwardAck(now, a, c, fx)
 	}
-	e.forwardAck(now, a, c, fx)
 }
 
 // forwardAck injects the newest acknowledgement of the remote to a local side

@@ -53,17 +53,29 @@ func (e *Engine) listed(now Time, a *app, s *Socket, fx *Effects) {
 	case appstate.SynRcvd, appstate.SynSent:
 		c.set(appstate.Connect)
 	}
+	const listAge = 1e9 // the list may be older than a FIN just seen
+	if s.Established && c.finOut && now-c.finOutAt < listAge {
+		c.listed = true
+		return
+	}
 	if s.LocalClosed { // its FIN may wait behind octets, unsent and unseen
 		c.listed = true
-		if !c.translated { // of those every FIN that was sent is known
+		switch {
+		case !c.translated: // of those every FIN that was sent is known
 			c.finOut, c.finIn = true, s.RemoteClosed
+			c.closing(now)
+		case c.reloaded && !c.finOut: // but not to a filter that started since; nor its number
+			const never = 1 << 30
+			c.finOut, c.finOutEnd = true, c.ep.SndNxt.Add(never)
+			if s.RemoteClosed && !c.finIn {
+				c.finIn, c.finInEnd = true, c.ep.RcvNxt.Add(never)
+			}
 			c.closing(now)
 		}
 		return
 	}
 	// The socket knows whether a FIN was taken; one that was only seen may have
 	// been an outsider's.
-	const listAge = 1e9 // the list may be older than a FIN just seen
 	c.closeWait = s.CloseWait
 	c.finOwed = c.finOwed && !s.CloseWait
 	c.finIn, c.finOut, c.closed = s.CloseWait || c.finOwed || c.finIn && c.finAt != 0 && now-c.finAt < listAge, false, false
@@ -103,6 +115,9 @@ func (c *conn) info(now Time, s *Socket) {
 			c.ep.RcvNxt = c.hsIRS.Add(1 + uint32(s.BytesReceived)).Add(c.tr.In)
 			c.rcvKnown = true
 		}
+		return
+	}
+	if c.learned { // the socket's own word is there
 		return
 	}
 	c.bytesIn, c.bytesOut = s.BytesReceived, s.BytesAcked
@@ -193,7 +208,11 @@ func (e *Engine) ask(now Time, c *conn, fx *Effects) {
 		}
 		c.asks++
 		sp.Seq = c.askBase.Add(-c.asks)
-		sp.Ack = c.localSeqOut(c.ep.SndUna)
+		una := c.ep.SndUna
+		if c.handshake && una == c.iss {
+			una = una.Add(1) // an unfinished handshake would be answered with RST
+		}
+		sp.Ack = c.localSeqOut(una)
 		sp.Payload = askPayload[:]
 		fx.send(&sp, false)
 		return

@@ -309,6 +309,7 @@ func (c *conn) agree(syn, ack packet.Options) {
 func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
 	s := &e.seg
 	if p.Hook != HookPostrouting {
+		a.behind = p.Hook == HookPrerouting
 		if a.state.Away() {
 			e.awayOut(now, a, c, id, p, fx)
 			return
@@ -346,12 +347,19 @@ func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *E
 		}
 		c.observeOut(now, s, a.state == appstate.SnapshotStart || a.state == appstate.SnapshotFreeze)
 		fx.accept(Pass)
-		if s.Has(packet.RST) {
+		if c.aborts(s) {
 			e.remove(c, fx)
 		}
 		return
 	}
 	e.translateOut(now, c, p, fx)
+}
+
+// aborts tells whether s, a segment of local, is the reset of its side. While
+// the handshake is open local answers anybody's guess with a RST of that number
+// and goes on waiting (RFC 9293 section 3.10.7.4).
+func (c *conn) aborts(s *packet.Segment) bool {
+	return s.Has(packet.RST) && (s.Has(packet.ACK) || c.ackSeen || c.listed || !c.handshake || s.Seq == c.iss.Add(1))
 }
 
 // translateOut gives a segment of a translated connection the remote's view.

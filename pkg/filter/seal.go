@@ -77,7 +77,7 @@ func (e *Engine) frozenOut(now Time, c *conn, p *Packet, fx *Effects) {
 		fx.modified(FrozenPass, s.Raw())
 	}
 	c.observeOut(now, s, true)
-	if s.Has(packet.RST) {
+	if c.aborts(s) {
 		e.remove(c, fx)
 		return
 	}
@@ -126,7 +126,7 @@ func (e *Engine) finalWords(now Time, c *conn, p *Packet, fx *Effects) {
 // goneAway leaves the remote side alone where local is gone. It is not
 // recorded: who takes up a sealed application takes every local side for gone.
 func (c *conn) goneAway() {
-	if c.localGone && (c.state == appstate.Connect || c.state == appstate.Closing && !c.finOut) {
+	if c.localGone && (c.state == appstate.Connect && c.alive() || c.state == appstate.Closing && !c.finOut) {
 		c.app.derive = true
 		c.set(appstate.ConnectRmt)
 		c.app.derive = false
@@ -171,6 +171,9 @@ func (e *Engine) sealedOut(c *conn, fx *Effects) {
 	sp := packet.Spec{
 		Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.ACK, Window: 65535,
 		Seq: c.localSeqIn(c.ep.RcvNxt), Ack: s.End(),
+	}
+	if !c.learned {
+		sp.Seq = s.Ack
 	}
 	if c.ep.Opt.TS && s.Opt.HasTS {
 		sp.HasTS, sp.TSVal, sp.TSEcr = true, c.ep.TSRec-c.tr.TSIn, s.Opt.TSVal
