@@ -123,7 +123,7 @@ func (w *world) SnapshotStart(_ context.Context, r *connect.Request[pb.SnapshotS
 }
 
 func (w *world) Adopt(_ context.Context, r *connect.Request[pb.AdoptRequest]) (*connect.Response[pb.AdoptReply], error) {
-	_, err := w.step("ADOPT", []string{control.StateConnected, control.StateRestored}, w.state)
+	_, err := w.step("ADOPT", []string{control.StateConnected, control.StateRestored, control.StateSnapshotStart}, w.state)
 	if err != nil {
 		return nil, err
 	}

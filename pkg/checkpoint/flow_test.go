@@ -51,7 +51,7 @@ func wantNoSnapshot(t *testing.T, a *agent) {
 }
 
 const (
-	snapshotSteps = "list SNAPSHOTSTART sockets=2,ports=[6379] SNAPSHOTFREEZE list INFO before freeze list INFO SEAL stop-SIGKILL SNAPSHOTDONE"
+	snapshotSteps = "list SNAPSHOTSTART sockets=2,ports=[6379] list SNAPSHOTFREEZE list INFO before freeze list INFO SEAL stop-SIGKILL SNAPSHOTDONE"
 	restoreSteps  = "RESTORESTART INFO list destroy exec INFO list RESTORECONN-syn INFO list RESTORED"
 )
 

@@ -202,7 +202,35 @@ func (r *snapshotRun) announce() error {
 		r.leftOut[name] = true
 		r.forced = append(r.forced, name+": left out, "+reason)
 	}
-	return nil
+	return r.lookAgain(req.Sockets)
+}
+
+// lookAgain tells the filter where a socket has changed between the list and
+// the answer to SNAPSHOTSTART, from which on everything is captured: a close
+// that passed unseen would leave a connection that is held as open.
+func (r *snapshotRun) lookAgain(before []*pb.Socket) error {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return err
+	}
+	all, err := r.socks.List(sockdiag.Query{Local: r.app.VIPs, Info: true})
+	if err != nil {
+		return err
+	}
+	state := make(map[string]string, len(all))
+	req := &pb.AdoptRequest{App: r.app.Name, ListedAtNs: ts.Nano()}
+	for _, k := range all {
+		if k.State != sockdiag.TimeWait && !r.scope.sameHost(k) && r.scope.wants(k) {
+			m := socketMessage(k, r.scope.passive(k))
+			state[pairName(m.Local, m.Remote)] = m.State
+			req.Sockets = append(req.Sockets, m)
+		}
+	}
+	if !slices.ContainsFunc(before, func(m *pb.Socket) bool { return state[pairName(m.Local, m.Remote)] != m.State }) {
+		return nil
+	}
+	_, err = r.a.filter.Adopt(r.op.ctx, connect.NewRequest(req))
+	return filterError(err, r.app.Name, control.RequestAdopt)
 }
 
 // dsack makes sure that sockets tell what the filter asks: it knows their
