@@ -1,0 +1,308 @@
+package sim
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+)
+
+// snapshot takes the application away as the agent does with the restart
+// engine; false when it was given up and the application runs on.
+func (a *agent) snapshot() bool {
+	w := a.w
+	w.rep.Snapshots++
+	start := &filter.SnapshotStart{App: app, Sockets: []filter.Socket{}, Listen: []uint16{port}}
+	for _, i := range w.server.sockets() {
+		if i.state != tcp.StateTimeWait && i.state != tcp.StateSynRecv {
+			start.Sockets = append(start.Sockets, i.Socket)
+		}
+	}
+	a.soon()
+	if _, err := a.request(start); err != nil {
+		var refused *filter.Error
+		if errors.As(err, &refused) && len(refused.Conns) > 0 {
+			w.rep.Refused++
+		}
+		return a.giveUp()
+	}
+	a.soon()
+	freeze := &filter.SnapshotFreeze{App: app, Quiet: 1e6 + a.r.Int64N(50e6), PassCloses: true}
+	if a.giveUpNow() {
+		return a.giveUp()
+	}
+	// A second look: the first list of sockets is older than the capture.
+	if err := a.tellSockets(false); err != nil {
+		return a.giveUp()
+	}
+	if _, err := a.insist(freeze); err != nil {
+		return a.giveUp()
+	}
+	if !a.settle() || a.giveUpNow() {
+		return a.giveUp()
+	}
+	w.lastWords()
+	if _, err := a.insist(&filter.Seal{App: app}); err != nil {
+		return a.giveUp()
+	}
+	a.soon()
+	w.server.kill()
+	a.soon()
+	a.snap++
+	w.server.keep()
+	done := &filter.SnapshotDone{App: app, ID: fmt.Sprintf("s%d", a.snap)}
+	if _, err := a.insist(done); err != nil {
+		w.fail("SNAPSHOTDONE after a clean account: %v", err)
+	}
+	return true
+}
+
+// lastWords notes of which connections a FIN of local, which the remote has not
+// acknowledged, goes with the local stack: "a FIN alone may stay unanswered".
+// Nobody repeats it, and when the application is back the remote is reset. It
+// has received every octet before. The same for handshakes that local has not
+// seen the end of, and of which everything that the remote has sent was lost:
+// without a filter too, its first segment is answered with RST by the server
+// that was started anew.
+func (w *world) lastWords() {
+	for _, i := range w.server.sockets() {
+		if c := w.byAddr[i.ID.Remote]; c != nil && i.LocalClosed && w.server.hasClosed(c) && i.state != tcp.StateFinWait2 && i.sendQ > 0 {
+			w.trace.note("the FIN to client %d is not acknowledged", c.id)
+			c.finLost = true
+		}
+		if c := w.byAddr[i.ID.Remote]; c != nil && i.state == tcp.StateSynRecv {
+			w.trace.note("the handshake of client %d is unfinished", c.id)
+			c.unfinished = true
+		}
+	}
+}
+
+func (a *agent) giveUpNow() bool { return !a.w.opt.NoAborts && a.chance(15) }
+
+// giveUp lets the application run on: the filter first.
+func (a *agent) giveUp() bool {
+	w := a.w
+	w.rep.SnapshotAborts++
+	a.soon()
+	w.trace.note("the snapshot is given up")
+	if w.engine == nil || w.state == appstate.SnapshotStart || w.state == appstate.SnapshotFreeze {
+		if _, err := a.insist(&filter.SnapshotAbort{App: app}); err != nil {
+			var se *appstate.StateError
+			if !errors.As(err, &se) || se.State != appstate.Connected && se.State != appstate.Restored {
+				w.fail("SNAPSHOTABORT: %v", err)
+			}
+		}
+	}
+	w.server.stopped = false
+	w.local.settle()
+	return false
+}
+
+// settle drains until everything is accounted for with the application
+// stopped.
+func (a *agent) settle() bool {
+	w := a.w
+	deadline := w.clk.time() + int64(logDuration(a.r, 50*time.Millisecond, 8*time.Second))
+	cut := false
+	for {
+		missing := a.drain(deadline)
+		if len(missing) > 0 && !cut && !w.opt.NoForce && a.chance(3) {
+			w.trace.note("cut")
+			cut = true
+			if _, err := a.insist(&filter.SnapshotFreeze{App: app, Boundary: "now", PassCloses: true}); err != nil {
+				return false
+			}
+			deadline = w.clk.time() + 2e9
+			missing = a.drain(deadline)
+		}
+		if len(missing) > 0 {
+			w.trace.note("not drained: %v", missing)
+			return false
+		}
+		w.trace.note("the server is stopped")
+		w.server.stopped = true
+		a.soon()
+		if missing = a.look(); len(missing) == 0 {
+			return w.state == appstate.SnapshotFreeze
+		}
+		w.trace.note("the server runs on: %v", missing)
+		w.server.stopped = false
+		w.local.settle()
+		if w.err != nil {
+			return false
+		}
+	}
+}
+
+// drain waits until everything is accounted for and gives what is missing at
+// the deadline.
+func (a *agent) drain(deadline int64) []string {
+	pause := 2 * time.Millisecond
+	for {
+		missing := a.look()
+		if len(missing) == 0 || a.w.clk.time() >= deadline || a.w.err != nil {
+			return missing
+		}
+		a.sleep(pause)
+		pause = min(pause*2, 20*time.Millisecond)
+	}
+}
+
+// look compares what sockets and filter say.
+func (a *agent) look() []string {
+	var missing []string
+	socks := a.w.server.sockets()
+	l := a.conns()
+	if l.State != appstate.SnapshotFreeze {
+		return []string{"the filter is in state " + l.State.String()}
+	}
+	known := map[filter.ConnID]bool{}
+	for _, c := range l.Conns {
+		known[c.ID] = true
+		if c.Missing != "" {
+			missing = append(missing, fmt.Sprintf("%v: %s", c.ID.Remote, c.Missing))
+		}
+	}
+	for _, i := range socks {
+		if i.Established && (i.recvQ > 0 || i.sendQ > 0) {
+			missing = append(missing, fmt.Sprintf("%v: queues %d %d", i.ID.Remote, i.recvQ, i.sendQ))
+		}
+		if i.LocalClosed && i.state != tcp.StateFinWait2 && i.sendQ > 1 {
+			missing = append(missing, fmt.Sprintf("%v: %d octets unacknowledged", i.ID.Remote, i.sendQ-1))
+		}
+		if i.Established && !known[i.ID] {
+			missing = append(missing, fmt.Sprintf("%v: the filter does not know it", i.ID.Remote))
+		}
+	}
+	return missing
+}
+
+// hold leaves the connections to the filter for a while.
+func (a *agent) hold() {
+	w := a.w
+	a.wake = false
+	l, err := a.insist(&filter.Status{App: app})
+	if err == nil {
+		a.wake = l.(*filter.StatusList).Apps[0].RestoreRequested
+	}
+	d := w.holdTime(a.r)
+	if a.chance(3) {
+		d = min(d, logDuration(a.r, time.Millisecond, 10*time.Second))
+	}
+	w.hush = a.chance(2)
+	w.trace.note("held for %v at most, hush %v", time.Duration(d), w.hush)
+	a.wait(w.clk.time()+int64(d), func() bool { return a.wake })
+	w.rep.Held += time.Duration(d)
+	w.hush = false
+	a.soon()
+}
+
+// restore brings the application back; false when that failed and the
+// connections are held.
+func (a *agent) restore() bool {
+	w := a.w
+	w.rep.Restores++
+	if _, err := a.insist(&filter.RestoreStart{App: app, ID: fmt.Sprintf("s%d", a.snap)}); err != nil {
+		w.fail("RESTORESTART: %v", err)
+		return true
+	}
+	w.clearOld(a.r)
+	a.sleep(logDuration(a.r, time.Millisecond, 5*time.Second))
+	w.server.start()
+	if !w.opt.NoAborts && a.chance(10) {
+		a.soon()
+		return a.unrestore()
+	}
+	for range 5 {
+		if !a.reconnect() {
+			return a.unrestore()
+		}
+		_, err := a.insist(&filter.Restored{App: app})
+		var refused *filter.Error
+		var se *appstate.StateError
+		switch {
+		case err == nil:
+			w.trace.note("the application is back")
+			return true
+		case errors.As(err, &refused) && len(refused.Conns) > 0:
+			continue
+		case errors.As(err, &se): // the filter has ended meanwhile
+			return a.unrestore()
+		}
+		w.fail("RESTORED: %v", err)
+		return true
+	}
+	return a.unrestore()
+}
+
+// unrestore ends the new process; the connections stay held.
+func (a *agent) unrestore() bool {
+	w := a.w
+	w.rep.RestoreAborts++
+	w.trace.note("the restore is given up")
+	if w.state == appstate.Restored {
+		return true
+	}
+	w.server.kill()
+	w.server.back()
+	a.soon()
+	if _, err := a.insist(&filter.RestoreAbort{App: app}); err != nil {
+		w.fail("RESTOREABORT: %v", err)
+	}
+	return false
+}
+
+// reconnect brings the connections back by handshakes, as many at once as the
+// listener's queue takes.
+func (a *agent) reconnect() bool {
+	w := a.w
+	const again = 200e6
+	started := map[filter.ConnID]int64{}
+	deadline := w.clk.time() + 20e9
+	for w.clk.time() < deadline && w.err == nil {
+		l := a.conns()
+		if l.State != appstate.RestoreStart {
+			return false
+		}
+		room := w.server.backlog / 2
+		left := 0
+		var batch []filter.ConnID
+		for _, c := range l.Conns {
+			if !c.Restorable && c.State != appstate.Restoring {
+				continue
+			}
+			left++
+			at, ok := started[c.ID]
+			switch {
+			case ok && w.clk.time()-at < again:
+				room--
+			case room > 0:
+				room--
+				batch = append(batch, c.ID)
+			}
+		}
+		for _, i := range w.server.sockets() {
+			if i.state == tcp.StateSynRecv {
+				left++
+			}
+		}
+		if left == 0 {
+			return true
+		}
+		if len(batch) > 0 {
+			for _, id := range batch {
+				started[id] = w.clk.time()
+			}
+			if _, err := a.request(&filter.RestoreConn{App: app, Conns: slices.Clone(batch), Kind: "syn"}); err != nil {
+				return false
+			}
+		}
+		a.sleep(2 * time.Millisecond)
+	}
+	return false
+}
