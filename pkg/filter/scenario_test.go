@@ -71,6 +71,32 @@ func TestScenariosBehind(t *testing.T) {
 	}
 }
 
+// TestScenariosIPv6: the other family has other headers, checksums and ICMP
+// messages, and nothing else differs. Octets in hexadecimal are of one family.
+func TestScenariosIPv6(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txt")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no scenarios: %v", err)
+	}
+	for _, f := range files {
+		script, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := os.ReadFile(strings.TrimSuffix(f, ".txt") + ".trace")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(script), "\nraw ") {
+			continue
+		}
+		other := filtertest.ToIPv6(string(want))
+		if got, err := filtertest.Run(filtertest.ToIPv6(string(script))); err != nil || got != other {
+			t.Errorf("%s: %v\n%s", f, err, diff(other, got))
+		}
+	}
+}
+
 // diff shows the first lines that differ.
 func diff(want, got string) string {
 	w, g := strings.Split(want, "\n"), strings.Split(got, "\n")

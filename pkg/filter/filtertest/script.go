@@ -17,11 +17,17 @@ import (
 // "> ", and under it what the engine did. An error names a faulty line, or a
 // packet of the engine that no TCP could take.
 //
-//	app NAME VIP PORT... [!PREFIX]           registers an application; !: not for these remotes
-//	link NAME ADDR:PORT [plain|md5|ecn] [lscale N] [mss N]   a remote; plain: no options at all
+//	app NAME VIP[,VIP] PORT... [!PREFIX]     registers an application; !: not for these remotes
+//	link NAME ADDR:PORT [plain|md5|ao|mptcp|ecn] [lscale N] [mss N] [to PORT]
+//	                                         a remote; plain: no options at all; it speaks to port
+//	                                         6379 of 10.0.0.100, or of fd00::100 by its family
 //	open NAME                                its handshake with the running local stack
-//	remote NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [data TEXT]
-//	local  NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [data TEXT]
+//	remote NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L-R] [data TEXT]
+//	local  NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L-R] [data TEXT]
+//	                                         ecr: its TSecr, as it is in the segment; urg: urgent
+//	                                         pointer; sack: a block of what has come behind ack
+//	icmp NAME MTU                            a router on the way to the remote says that local's
+//	                                         last segment was too big
 //	newlocal NAME ISS TS [lscale N]          the next local socket of the connection
 //	behind                                   the application is in a network namespace behind the node
 //	raw HEX                                  octets from the network, or from behind the node
@@ -29,7 +35,7 @@ import (
 //	advance DURATION
 //	restart [reboot | lost NAME]             a new filter takes up what was recorded; the set of
 //	                                         translated flows has lost that of NAME
-//	request WORDS...                         as in ckptctl ioctl; besides
+//	request WORDS...                         as in ckptctl ioctl, GETCONNINFO too; besides
 //	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
 //	                                         ADOPT stale NAME,
 //	                                         SNAPSHOTFREEZE pass-closes|now|abort-on-data
@@ -89,6 +95,8 @@ func (w *World) line(line string) error {
 		return w.segmentLine(f[0] == "remote", line)
 	case "newlocal":
 		return w.newLocal(f[1:])
+	case "icmp":
+		return w.tooBig(w.links[arg(1)], arg(2))
 	case "silent":
 		w.silent = arg(1) == "on"
 		return nil
@@ -124,11 +132,14 @@ func (w *World) appLine(f []string) error {
 	if len(f) < 2 {
 		return fmt.Errorf("app needs a name, a VIP and ports")
 	}
-	vip, err := netip.ParseAddr(f[1])
-	if err != nil {
-		return err
+	r := &filter.Register{App: f[0]}
+	for _, v := range strings.Split(f[1], ",") {
+		vip, err := netip.ParseAddr(v)
+		if err != nil {
+			return err
+		}
+		r.VIPs = append(r.VIPs, vip)
 	}
-	r := &filter.Register{App: f[0], VIPs: []netip.Addr{vip}}
 	for _, p := range f[2:] {
 		if x, ok := strings.CutPrefix(p, "!"); ok {
 			n, err := netip.ParsePrefix(x)
@@ -158,7 +169,7 @@ func (w *World) linkLine(f []string) error {
 		return err
 	}
 	n := seqnum.Value(len(w.order))
-	l := &link{name: f[0], raddr: r, laddr: netip.MustParseAddrPort("10.0.0.100:6379"), ts: true, mss: 1460, scale: 7, sack: true, lscale: 7}
+	l := &link{name: f[0], raddr: r, laddr: netip.AddrPortFrom(vips[r.Addr().Is6()], 6379), ts: true, mss: 1460, scale: 7, sack: true, lscale: 7}
 	l.remote = end{iss: 0xffffff00 + n*0x1000, win: 500, ts: 1000}
 	l.local = end{iss: 0x7ffffff0 + n*0x1000, win: 510, ts: 5000}
 	for i := 2; i < len(f); i++ {
@@ -167,8 +178,15 @@ func (w *World) linkLine(f []string) error {
 			l.ts, l.scale, l.sack, l.lscale = false, -1, false, 0
 		case "ecn":
 			l.ecn = true
-		case "md5":
-			l.md5, l.ts = true, false
+		case "md5", "ao", "mptcp":
+			l.option, l.ts = synOptions[f[i]], f[i] == "mptcp"
+		case "to":
+			i++
+			v, err := strconv.ParseUint(f[i], 10, 16)
+			if err != nil {
+				return err
+			}
+			l.laddr = netip.AddrPortFrom(l.laddr.Addr(), uint16(v))
 		case "lscale":
 			i++
 			v, err := strconv.Atoi(f[i])
@@ -260,7 +278,13 @@ func (w *World) segmentLine(fromRemote bool, line string) error {
 	}
 	var dseq, dack int64
 	var win *uint16
+	var more extras
 	for i := 3; i+1 < len(f); i += 2 {
+		if ok, err := more.word(f[i], f[i+1]); err != nil {
+			return err
+		} else if ok {
+			continue
+		}
 		v, err := strconv.ParseInt(f[i+1], 10, 64)
 		if err != nil {
 			return err
@@ -287,7 +311,7 @@ func (w *World) segmentLine(fromRemote bool, line string) error {
 		}
 		payload = []byte(s)
 	}
-	b := w.segment(l, fromRemote, flags, dseq, dack, payload, win)
+	b := more.apply(w.segment(l, fromRemote, flags, dseq, dack, payload, win))
 	if dseq == 0 {
 		n := uint32(len(payload))
 		if flags&(packet.FIN|packet.SYN) != 0 {
@@ -342,6 +366,8 @@ func (w *World) requestLine(f []string) error {
 		}
 		w.request(r)
 		w.advance(20 * time.Millisecond)
+	case "GETCONNINFO":
+		w.request(&filter.GetConnInfo{App: app})
 	case "ALLSETS":
 		w.request(&filter.AllSets{})
 	case "ADOPT":

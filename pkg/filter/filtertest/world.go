@@ -35,7 +35,8 @@ type link struct {
 	scale         int // of the remote, -1: none
 	sack          bool
 	lscale        uint8
-	md5, ecn      bool // ecn: local echoes congestion (RFC 3168)
+	ecn           bool   // local echoes congestion (RFC 3168)
+	option        []byte // one more in SYN and SYN-ACK
 }
 
 // World is an engine with everything around it.
@@ -143,12 +144,11 @@ func (w *World) effects() {
 		w.printf("    untrack %v\n", u.Remote)
 	}
 	for _, s := range w.fx.Sets {
-		w.printf("    set %s %v", setNames[s.Set], map[bool]string{true: "+", false: "-"}[s.Add])
-		w.printf(" %v", s.IP)
+		what := s.IP.String()
 		if s.Port != 0 {
-			w.printf(":%d", s.Port)
+			what = netip.AddrPortFrom(s.IP, s.Port).String()
 		}
-		w.printf("\n")
+		w.printf("    set %s %v %s\n", setNames[s.Set], map[bool]string{true: "+", false: "-"}[s.Add], what)
 		if s.Set == filter.SetFlow {
 			w.flows[netip.AddrPortFrom(s.IP, s.Port)] = s.Add
 		}
@@ -200,6 +200,9 @@ func (w *World) reply(r filter.Reply) {
 	if r.Err != nil {
 		w.printf("    refused: %v\n", r.Err)
 		return
+	}
+	if list, ok := r.Body.(*filter.ConnList); ok {
+		w.conns(list)
 	}
 	if res, ok := r.Body.(*filter.Result); ok {
 		w.printf("    done %q", res.State.String())
@@ -305,38 +308,10 @@ func (w *World) segment(l *link, fromRemote bool, flags uint8, dseq, dack int64,
 		}
 	}
 	b := sp.Build(make([]byte, sp.Size()))
-	if l.md5 && flags&packet.SYN != 0 {
-		b = withOption(b, md5Option)
+	if l.option != nil && flags&packet.SYN != 0 {
+		b = withOption(b, l.option)
 	}
 	return b
-}
-
-// withSACK rebuilds b with one SACK block in front of the other options.
-func withSACK(b []byte, left, right seqnum.Value) []byte {
-	return withOption(b, []byte{1, 1, 5, 10, byte(left >> 24), byte(left >> 16), byte(left >> 8), byte(left),
-		byte(right >> 24), byte(right >> 16), byte(right >> 8), byte(right)})
-}
-
-// md5Option is an option of RFC 2385 with padding.
-var md5Option = []byte{1, 1, 19, 18, 19: 0}
-
-// withOption rebuilds b with more options, padded to 4 octets.
-func withOption(b, opt []byte) []byte {
-	ihl := 20
-	hl := int(b[ihl+12]>>4) * 4
-	out := append([]byte(nil), b[:ihl+hl]...)
-	out = append(out, opt...)
-	out = append(out, b[ihl+hl:]...)
-	out[ihl+12] = byte((hl+len(opt))/4) << 4
-	out[2], out[3] = byte(len(out)>>8), byte(len(out))
-	out[10], out[11] = 0, 0
-	c := ^packet.Sum(out[:20], 0)
-	out[10], out[11] = byte(c>>8), byte(c)
-	var s packet.Segment
-	if s.Parse(out) == packet.OK {
-		s.FillChecksum()
-	}
-	return out
 }
 
 // describe prints a segment with numbers relative to those of the two ends:
@@ -358,6 +333,9 @@ func (w *World) describe(s *packet.Segment) string {
 	fmt.Fprintf(&b, " win %d", s.Window)
 	if s.Opt.HasTS {
 		fmt.Fprintf(&b, " ts %d/%d", s.Opt.TSVal, s.Opt.TSEcr)
+	}
+	if s.Has(packet.URG) {
+		fmt.Fprintf(&b, " urg %d", s.Urgent)
 	}
 	for i := range s.Opt.SACKBlocks {
 		x, y := s.SACKBlock(i)
