@@ -224,10 +224,10 @@ func (w *World) open(l *link) {
 	}
 	w.deliver(filter.HookPrerouting, w.segment(l, true, packet.SYN, 0, 0, nil, nil))
 	l.remote.nxt = l.remote.nxt.Add(1)
-	l.local.rcv = l.remote.nxt
+	l.local.rcv, l.local.seen = l.remote.nxt, l.remote.ts
 	w.deliver(filter.HookPostrouting, w.segment(l, false, packet.SYN|packet.ACK, 0, 0, nil, nil))
 	l.local.nxt = l.local.nxt.Add(1)
-	l.remote.rcv, l.remote.base = l.local.nxt, l.local.iss
+	l.remote.rcv, l.remote.base, l.remote.seen = l.local.nxt, l.local.iss, l.local.ts
 }
 
 func (w *World) newLocal(f []string) error {
@@ -342,7 +342,7 @@ func (w *World) arrive(l *link, fromRemote bool) {
 	if !fromRemote {
 		other = &l.remote
 	}
-	if s.Seq == other.rcv && s.Flags&packet.SYN == 0 {
+	if other.heard(&s); s.Seq == other.rcv && s.Flags&packet.SYN == 0 {
 		other.rcv = s.End()
 	}
 }

@@ -20,6 +20,7 @@ type end struct {
 	rcv      seqnum.Value // next expected of the other side, in this end's view
 	base     seqnum.Value // of a remote: the first number that it saw of local
 	ts       uint32
+	seen     uint32 // newest TSval that it took (TS.Recent), which it echoes
 	win      uint16
 	fin      bool // it has closed
 }
@@ -237,6 +238,9 @@ func (w *World) sent(b []byte) {
 		}
 		return
 	}
+	if l := w.byID[filter.ConnID{Local: s.Src, Remote: s.Dst}]; l != nil {
+		l.remote.heard(&s)
+	}
 	w.printf("    to remote %s\n", w.describe(&s))
 }
 
@@ -253,9 +257,19 @@ func (w *World) answerAsk(l *link, left seqnum.Value) {
 	w.deliver(w.hook(), b)
 }
 
+// heard takes the clock of the other side from a segment that is acceptable
+// (RFC 7323 section 4.3).
+func (e *end) heard(s *packet.Segment) {
+	fits := s.Seq.LessEq(e.rcv) && e.rcv.LessEq(s.End().Add(1))
+	if s.Opt.HasTS && (s.Has(packet.SYN) || fits && seqnum.NewerTS(s.Opt.TSVal, e.seen)) {
+		e.seen = s.Opt.TSVal
+	}
+}
+
 // localTakes lets the model of the local stack take an injected segment: SYN
 // is answered, octets in order are acknowledged.
 func (w *World) localTakes(l *link, s *packet.Segment) {
+	l.local.heard(s)
 	switch {
 	case s.Has(packet.SYN):
 		l.local.rcv = s.Seq.Add(1)
@@ -300,6 +314,9 @@ func (w *World) segment(l *link, fromRemote bool, flags uint8, dseq, dack int64,
 	}
 	if l.ts {
 		sp.HasTS, sp.TSVal = true, e.ts
+		if flags&packet.ACK != 0 {
+			sp.TSEcr = e.seen
+		}
 	}
 	if flags&packet.SYN != 0 {
 		sp.MSS, sp.SACKPermitted = l.mss, l.sack
