@@ -18,9 +18,10 @@ import (
 // packet of the engine that no TCP could take.
 //
 //	app NAME VIP[,VIP] PORT... [!PREFIX]     registers an application; !: not for these remotes
-//	link NAME ADDR:PORT [plain|md5|ao|mptcp|ecn] [lscale N] [mss N] [to PORT]
-//	                                         a remote; plain: no options at all; it speaks to port
-//	                                         6379 of 10.0.0.100, or of fd00::100 by its family
+//	link NAME ADDR:PORT [plain|md5|ao|mptcp|ecn|tfo] [lscale N] [mss N] [to PORT]
+//	                                         a remote; plain: no options at all; tfo: local takes
+//	                                         octets of its SYN; it speaks to port 6379 of 10.0.0.100,
+//	                                         or of fd00::100 by its family
 //	open NAME                                its handshake with the running local stack
 //	remote NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L-R] [data TEXT]
 //	local  NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L-R] [data TEXT]
@@ -28,7 +29,8 @@ import (
 //	                                         pointer; sack: a block of what has come behind ack
 //	icmp NAME MTU                            a router on the way to the remote says that local's
 //	                                         last segment was too big
-//	newlocal NAME ISS TS [lscale N]          the next local socket of the connection
+//	newlocal NAME ISS TS [lscale N | without ts|sack|scale]
+//	                                         the next local socket of the connection
 //	behind                                   the application is in a network namespace behind the node
 //	raw HEX                                  octets from the network, or from behind the node
 //	silent on|off                            whether the local stack answers by itself
@@ -178,6 +180,8 @@ func (w *World) linkLine(f []string) error {
 			l.ts, l.scale, l.sack, l.lscale = false, -1, false, 0
 		case "ecn":
 			l.ecn = true
+		case "tfo":
+			l.tfo = true
 		case "md5", "ao", "mptcp":
 			l.option, l.ts = synOptions[f[i]], f[i] == "mptcp"
 		case "to":
@@ -243,6 +247,9 @@ func (w *World) newLocal(f []string) error {
 	if err != nil {
 		return err
 	}
+	if l.lacks = ""; len(f) == 5 && f[3] == "without" {
+		l.lacks = f[4]
+	}
 	if len(f) == 5 && f[3] == "lscale" {
 		v, err := strconv.Atoi(f[4])
 		if err != nil {
@@ -250,7 +257,7 @@ func (w *World) newLocal(f []string) error {
 		}
 		l.lscale = uint8(v)
 	}
-	l.local = end{iss: seqnum.Value(iss), nxt: seqnum.Value(iss), ts: uint32(ts), win: 400}
+	l.local = end{iss: seqnum.Value(iss), nxt: seqnum.Value(iss), ts: uint32(ts), win: 400, rcv: l.local.rcv, seen: l.local.seen}
 	return nil
 }
 

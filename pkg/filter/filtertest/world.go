@@ -38,6 +38,8 @@ type link struct {
 	lscale        uint8
 	ecn           bool   // local echoes congestion (RFC 3168)
 	option        []byte // one more in SYN and SYN-ACK
+	lacks         string // what the new local side's SYN-ACK does not have
+	tfo           bool   // local takes octets of a SYN (RFC 7413)
 }
 
 // World is an engine with everything around it.
@@ -104,7 +106,8 @@ func (w *World) deliver(hook uint8, data []byte) {
 func (w *World) deliverLocal(l *link, b []byte) {
 	h := w.hook()
 	w.deliver(h, b)
-	if h == w.before && w.passed != nil && w.flows[l.raddr] {
+	synAck := w.away && packet.SYN&b[ipLen(b)+13] != 0 // connection tracking sees it on its way
+	if h == w.before && w.passed != nil && (w.flows[l.raddr] || synAck) {
 		w.deliver(filter.HookPostrouting, append([]byte(nil), w.passed...))
 	}
 }
@@ -233,6 +236,12 @@ func (w *World) sent(b []byte) {
 			return
 		}
 		w.printf("    to local  %s\n", w.describe(&s))
+		if s.Has(packet.SYN) {
+			l.local.heard(&s)
+			if l.local.rcv = s.Seq.Add(1); l.tfo {
+				l.local.rcv = s.End()
+			}
+		}
 		if !w.silent {
 			w.localTakes(l, &s)
 		}
@@ -271,13 +280,15 @@ func (e *end) heard(s *packet.Segment) {
 func (w *World) localTakes(l *link, s *packet.Segment) {
 	l.local.heard(s)
 	switch {
+	case s.Has(packet.SYN) && l.local.nxt != l.local.iss: // it has the connection (RFC 5961 section 4.2)
+		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
 	case s.Has(packet.SYN):
-		l.local.rcv = s.Seq.Add(1)
-		l.local.nxt = l.local.iss
 		b := w.segment(l, false, packet.SYN|packet.ACK, 0, 0, nil, nil)
 		l.local.nxt = l.local.iss.Add(1)
 		w.deliver(w.before, append([]byte(nil), b...))
-		w.deliver(filter.HookPostrouting, b)
+		if w.deliver(filter.HookPostrouting, b); w.passed != nil { // it is a new connection
+			l.remote.rcv, l.remote.base, l.remote.seen = l.local.nxt, l.local.iss, l.local.ts
+		}
 	case s.Len() == 0 && min(l.local.rcv.Size(s.Seq), s.Seq.Size(l.local.rcv)) > 1<<20: // far outside its window
 		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
 	case s.Len() > 0 && s.Seq == l.local.rcv:
@@ -322,6 +333,16 @@ func (w *World) segment(l *link, fromRemote bool, flags uint8, dseq, dack int64,
 		sp.MSS, sp.SACKPermitted = l.mss, l.sack
 		if l.scale >= 0 {
 			sp.HasWScale, sp.WScale = true, uint8(scale)
+		}
+	}
+	if !fromRemote {
+		switch l.lacks {
+		case "ts":
+			sp.HasTS = false
+		case "sack":
+			sp.SACKPermitted = false
+		case "scale":
+			sp.HasWScale = false
 		}
 	}
 	b := sp.Build(make([]byte, sp.Size()))
