@@ -193,6 +193,12 @@ func (e *Engine) request(now Time, r *Request, fx *Effects) {
 			reply(nil, &Error{App: name, State: state, Text: fmt.Sprintf("SNAPSHOTDONE refused: application %q already has snapshot %s", name, a.snapID)})
 			return
 		}
+		if s, ok := r.Body.(*RestoreStart); ok {
+			if err := a.belongs(s); err != nil {
+				reply(nil, err)
+				return
+			}
+		}
 		if a == nil {
 			reply(&Result{App: name}, nil)
 			return

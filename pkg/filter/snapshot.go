@@ -263,16 +263,25 @@ func (e *Engine) handSyns(now Time, a *app, fx *Effects) {
 	a.dropSyns()
 }
 
-func (e *Engine) restoreStart(now Time, b *RestoreStart, a *app, fx *Effects) (any, error) {
+// belongs tells whether b asks for the snapshot that is there, also when b is
+// repeated.
+func (a *app) belongs(b *RestoreStart) error {
 	if b.OldNode != "" {
-		return nil, fmt.Errorf("%w: RESTORESTART from another node is not built yet", ErrInvalid)
+		return fmt.Errorf("%w: RESTORESTART from another node is not built yet", ErrInvalid)
 	}
 	if b.IP != (netip.Addr{}) && !slices.Contains(a.vips, b.IP) {
-		return nil, fmt.Errorf("%w: %v is not a VIP of application %q", ErrInvalid, b.IP, a.name)
+		return fmt.Errorf("%w: %v is not a VIP of application %q", ErrInvalid, b.IP, a.name)
 	}
 	if b.ID != "" && b.ID != a.snapID {
-		return nil, &Error{App: a.name, State: a.state,
+		return &Error{App: a.name, State: a.state,
 			Text: fmt.Sprintf("RESTORESTART refused: the connections of application %q belong to snapshot %s, not %s", a.name, a.snapID, b.ID)}
+	}
+	return nil
+}
+
+func (e *Engine) restoreStart(now Time, b *RestoreStart, a *app, fx *Effects) (any, error) {
+	if err := a.belongs(b); err != nil {
+		return nil, err
 	}
 	a.set(appstate.RestoreStart, fx, "restoring")
 	a.wakeAt = 0
