@@ -86,6 +86,7 @@ type conn struct {
 	hsTS      uint32 // TSval of its SYN-ACK
 	hsStarted bool
 	hsDone    bool
+	hsOver    bool // a SYN was sent behind that
 	hsTries   uint32
 	hsError   string
 	hsRsts    uint8 // how often local accepted and reset it in this restore

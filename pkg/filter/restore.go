@@ -19,11 +19,22 @@ func (e *Engine) startHandshake(c *conn, fx *Effects) {
 		c.hsIRS = c.hsIRS.Add(^uint32(0))
 	}
 	c.hsError = ""
+	c.hsOver = false
 	c.hsTries++
 	if c.state != appstate.Rst {
 		c.set(appstate.Restoring)
 	}
 	c.hsStarted = true
+	sp := c.ep.Syn(c.hsIRS)
+	fx.send(&sp, true)
+}
+
+// handshakeOver asks local once more although its SYN-ACK was acknowledged: one
+// that answers with SYN cookies (RFC 4987 section 3.6) keeps nothing, and
+// repeats nothing when our acknowledgement was lost. One that has the connection
+// takes the SYN for an old one and says so (RFC 5961 section 4.2).
+func (e *Engine) handshakeOver(c *conn, fx *Effects) {
+	c.hsOver = true
 	sp := c.ep.Syn(c.hsIRS)
 	fx.send(&sp, true)
 }
@@ -100,8 +111,12 @@ func (e *Engine) handshakeAck(c *conn, fx *Effects) {
 		fx.Reason = HandshakeRefused
 		return
 	}
+	if c.hsDone && !c.hsOver && s.Seq != c.hsISN { // a cookie for an earlier SYN: local has the connection with the other
+		fx.Reason = HandshakeRefused
+		return
+	}
 	if !c.hsDone || s.Seq != c.hsISN {
-		c.hsISN = s.Seq
+		c.hsISN, c.hsOver = s.Seq, false
 		c.hsWindow = s.Window
 		c.hsMSS = s.Opt.MSS
 		c.tr = translation(c, s)

@@ -311,6 +311,8 @@ func (e *Engine) restoreConn(b *RestoreConn, a *app, fx *Effects) (any, error) {
 			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: it was opened by the application", id.Local, id.Remote))
 		case c.restorable():
 			e.startHandshake(c, fx)
+		case c.hsDone:
+			e.handshakeOver(c, fx)
 		}
 	}
 	return res, nil
