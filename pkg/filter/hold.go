@@ -242,8 +242,13 @@ func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 		}
 		return
 	}
+	octets := s.Seq.Add(uint32(s.PayloadLen()))
 	switch v := c.ep.Receive(now, s); {
 	case v == tcpemu.Reset:
+		e.remove(c, fx)
+	case v == tcpemu.Payload && c.ep.RcvNxt.Less(octets): // local, which has closed, would refuse them
+		sp := c.ep.Rst()
+		fx.send(&sp, false)
 		e.remove(c, fx)
 	case s.Has(packet.FIN) && (v == tcpemu.Finish || v == tcpemu.Payload || v == tcpemu.Answer):
 		if s.Seq.LessEq(c.ep.RcvNxt) {
@@ -255,10 +260,6 @@ func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 		sp := c.ep.Ack()
 		fx.send(&sp, false)
 		fx.Reason = HeldFinAcked
-	case v == tcpemu.Payload: // octets that local, which has closed, would refuse
-		sp := c.ep.Rst()
-		fx.send(&sp, false)
-		e.remove(c, fx)
 	case v.MayAnswer() && c.token(now, s):
 		sp := c.ep.Ack()
 		fx.send(&sp, false)
