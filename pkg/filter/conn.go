@@ -77,8 +77,10 @@ type conn struct {
 	kept      []byte       // payload from keptAt on
 	keptAt    seqnum.Value // RCV.NXT of the hold
 	keptFin   bool
-	exact     bucket // for answers to segments that only the remote can send
-	strange   bucket // for answers to all others
+	keptUrg   seqnum.Value // behind the urgent octets of it (RFC 9293 section 3.8.5)
+	urgent    bool         // keptUrg is known
+	exact     bucket       // for answers to segments that only the remote can send
+	strange   bucket       // for answers to all others
 
 	// The handshake with the returning local side.
 	hsIRS     seqnum.Value

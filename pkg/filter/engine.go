@@ -401,7 +401,7 @@ func flowChange(c *conn, add bool) SetChange {
 func (e *Engine) unkeep(c *conn) {
 	e.kept -= cap(c.kept)
 	c.app.kept -= cap(c.kept)
-	c.kept, c.keptFin = nil, false
+	c.kept, c.keptFin, c.urgent = nil, false, false
 }
 
 // keep stores a copy of what s brings at RCV.NXT, under the budgets. It
@@ -436,6 +436,9 @@ func (e *Engine) keep(c *conn, s *packet.Segment) bool {
 		c.kept = k
 	}
 	c.kept = append(c.kept, p...)
+	if u := s.Seq.Add(uint32(s.Urgent)); s.Has(packet.URG) && (!c.urgent || c.keptUrg.Less(u)) {
+		c.keptUrg, c.urgent = u, true
+	}
 	if s.Has(packet.FIN) && whole && c.keptAt.Add(uint32(len(c.kept))) == s.Seq.Add(uint32(s.PayloadLen())) {
 		c.keptFin = true
 	}

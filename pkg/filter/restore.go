@@ -284,6 +284,10 @@ func (e *Engine) handSegment(c *conn, seq seqnum.Value, p []byte, fin bool, fx *
 	if fin {
 		sp.Flags |= packet.FIN
 	}
+	if ahead := c.localSeqIn(c.keptUrg).Sub(seq); c.urgent && ahead > 0 && ahead <= 65535 {
+		sp.Flags |= packet.URG
+		sp.Urgent = uint16(ahead)
+	}
 	fx.send(&sp, true)
 }
 

@@ -13,6 +13,7 @@ type Spec struct {
 	Seq, Ack seqnum.Value
 	Flags    uint8
 	Window   uint16 // unscaled, as on the wire
+	Urgent   uint16
 	Payload  []byte
 
 	MSS           uint16 // 0: no option
@@ -87,7 +88,7 @@ func (sp *Spec) Build(b []byte) []byte {
 	binary.BigEndian.PutUint32(h[8:], uint32(sp.Ack))
 	h[12], h[13] = byte((20+ol)/4)<<4, sp.Flags
 	binary.BigEndian.PutUint16(h[14:], sp.Window)
-	h[18], h[19] = 0, 0
+	binary.BigEndian.PutUint16(h[18:], sp.Urgent)
 	sp.options(h[20 : 20+ol])
 	copy(h[20+ol:], sp.Payload)
 	s.FillChecksum()
