@@ -247,15 +247,17 @@ func (e *Engine) noteSyn(now Time, a *app, c *conn, id ConnID, s *packet.Segment
 		c.expire = (now+75e9)/1e9*1e9 + 1e9
 		e.at(c.expire)
 	}
-	c.syn = pendingSyn{seen: true, irs: s.Seq, opt: s.Opt, window: s.Window}
+	c.syn = pendingSyn{seen: true, irs: s.Seq, end: s.End(), opt: s.Opt, window: s.Window, ecn: s.Has(packet.ECE | packet.CWR)}
 }
 
 // pendingSyn is a SYN of the remote that local has not answered yet.
 type pendingSyn struct {
 	seen   bool
 	irs    seqnum.Value
+	end    seqnum.Value // behind its octets (RFC 7413)
 	opt    packet.Options
 	window uint16
+	ecn    bool // it offers ECN (RFC 3168 section 6.1.1)
 }
 
 // synAckOut makes c a new connection when s, a SYN-ACK of local, answers the
@@ -273,6 +275,7 @@ func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 		return
 	}
 	c.agree(syn.opt, s.Opt)
+	c.ep.Opt.ECN = syn.ecn && s.Flags&(packet.ECE|packet.CWR) == packet.ECE
 	c.handshake, c.irs, c.iss, c.rcvKnown = true, syn.irs, s.Seq, true
 	ep := &c.ep
 	ep.SndUna, ep.SndNxt, ep.RcvNxt = s.Seq, s.Seq.Add(1), s.Ack
@@ -283,9 +286,10 @@ func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 	c.set(appstate.Connect)
 }
 
-// answersSyn tells whether s, a SYN-ACK of local, answers the SYN that was noted.
+// answersSyn tells whether s, a SYN-ACK of local, answers the SYN that was
+// noted, and maybe takes octets of it.
 func (c *conn) answersSyn(s *packet.Segment) bool {
-	return c.syn.seen && s.Ack == c.syn.irs.Add(1)
+	return c.syn.seen && s.Ack.InRange(c.syn.irs.Add(1), c.syn.end.Add(1))
 }
 
 // agree takes what both sides announced (RFC 7323 section 2.2, RFC 2018).

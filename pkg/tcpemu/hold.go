@@ -21,6 +21,7 @@ type Options struct {
 	WScale      bool   `cbor:"4,keyasint,omitempty"`
 	RemoteScale uint8  `cbor:"5,keyasint,omitempty"` // that the remote announced, for its own windows
 	LocalScale  uint8  `cbor:"6,keyasint,omitempty"` // that the remote was told, for local's windows
+	ECN         bool   `cbor:"7,keyasint,omitempty"` // RFC 3168
 }
 
 // Endpoint is the local side of a connection as the remote sees it: the send
@@ -216,8 +217,12 @@ const defaultMSS = 536
 // below the next octet that it will send.
 func (e *Endpoint) Syn(irs seqnum.Value) packet.Spec {
 	o := e.Opt
+	flags := uint8(packet.SYN)
+	if o.ECN { // else nobody would tell the remote of congestion on its way
+		flags |= packet.ECE | packet.CWR
+	}
 	return packet.Spec{
-		Src: e.Remote, Dst: e.Local, Seq: irs, Flags: packet.SYN,
+		Src: e.Remote, Dst: e.Local, Seq: irs, Flags: flags,
 		Window: 65535, MSS: cmp.Or(o.MSS, defaultMSS), HasWScale: o.WScale, WScale: o.RemoteScale,
 		SACKPermitted: o.SACK, HasTS: o.TS, TSVal: e.TSRec,
 	}
