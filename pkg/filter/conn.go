@@ -103,6 +103,7 @@ type conn struct {
 	marked, saved bool // to be recorded at the end of the step; recorded
 	reloaded      bool // taken up from an earlier filter, and not opened since
 
+	oldClock   bool // the remote has not spoken since the clock that local was told is outdated
 	translated bool
 	opened     Time // when it was
 	tr         rewrite.Translation
@@ -235,6 +236,9 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 	}
 	c.ep.NoteWindow(s)
 	c.ep.Acked(s.Ack)
+	if c.oldClock && s.Opt.HasTS {
+		c.newClock(s.Opt.TSVal)
+	}
 	// RFC 7323 section 4.3: up to the last acknowledgement that local sent.
 	if s.Opt.HasTS && s.Seq.LessEq(c.ep.RcvNxt) && seqnum.NewerTS(s.Opt.TSVal, c.ep.TSRec) {
 		c.ep.TSRec, c.ep.TSAt = s.Opt.TSVal, now
@@ -243,6 +247,17 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 		c.finIn, c.finInEnd = true, s.End()
 	}
 	c.closing(now)
+}
+
+// newClock has local see the remote's clock go on from where local was told
+// that it is, if it has gone half way round since: local would take everything
+// for old duplicates (RFC 7323 section 5.5).
+func (c *conn) newClock(tsval uint32) {
+	if c.oldClock = false; seqnum.NewerTS(c.ep.TSRec, tsval) {
+		c.tr.TSIn = tsval - c.ep.TSRec - 1
+		c.ep.TSRec = tsval
+		c.app.engine.mark(c)
+	}
 }
 
 // tookFin tells whether local has taken the remote's FIN: nothing can come

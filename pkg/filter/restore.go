@@ -136,7 +136,7 @@ func (e *Engine) handshakeAgain(c *conn, fx *Effects) {
 	s := &e.seg
 	sp := packet.Spec{Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.ACK, Window: c.ep.RemoteField(), Seq: s.Ack, Ack: s.Seq.Add(1)}
 	if c.ep.Opt.TS && s.Opt.HasTS {
-		sp.HasTS, sp.TSVal, sp.TSEcr = true, c.ep.TSRec, s.Opt.TSVal
+		sp.HasTS, sp.TSVal, sp.TSEcr = true, c.ep.TSRec-c.tr.TSIn, s.Opt.TSVal
 	}
 	fx.drop(HandshakeAck)
 	fx.send(&sp, true)
@@ -170,7 +170,7 @@ func (e *Engine) toLocal(c *conn, flags uint8) packet.Spec {
 		Seq: c.hsIRS.Add(1), Ack: c.hsISN.Add(1),
 	}
 	if c.ep.Opt.TS {
-		sp.HasTS, sp.TSVal, sp.TSEcr = true, c.ep.TSRec, c.hsTS
+		sp.HasTS, sp.TSVal, sp.TSEcr = true, c.ep.TSRec-c.tr.TSIn, c.hsTS
 	}
 	return sp
 }
@@ -182,6 +182,7 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 	c.fwd, c.asks = false, 0
 	c.answered()
 	c.opened, c.hsEnd = now, c.ep.SndNxt
+	c.oldClock = c.ep.Outdated(now)
 	c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
 	if !c.translated {
 		e.flow(c, true, fx)

@@ -51,6 +51,10 @@ type Endpoint struct {
 // section 5.5): 24 days.
 const outdated = 24 * 24 * 3600 * int64(1e9)
 
+// Outdated tells whether nothing was heard of the remote for so long that its
+// clock may have gone half way round.
+func (e *Endpoint) Outdated(now int64) bool { return e.Opt.TS && now-e.TSAt >= outdated }
+
 // Verdict of an Endpoint on a segment of the remote.
 type Verdict uint8
 
@@ -94,7 +98,7 @@ func (e *Endpoint) Receive(now int64, s *packet.Segment) Verdict {
 	if !s.Has(packet.ACK) {
 		return NoAck
 	}
-	if e.Opt.TS && s.Opt.HasTS && seqnum.NewerTS(e.TSRec, s.Opt.TSVal) && now-e.TSAt < outdated {
+	if e.Opt.TS && s.Opt.HasTS && seqnum.NewerTS(e.TSRec, s.Opt.TSVal) && !e.Outdated(now) {
 		return OldTimestamp
 	}
 	n := s.Len()
