@@ -72,7 +72,8 @@ func TestScenariosBehind(t *testing.T) {
 }
 
 // TestScenariosIPv6: the other family has other headers, checksums and ICMP
-// messages, and nothing else differs. Octets in hexadecimal are of one family.
+// messages, and nothing else differs. Octets in
+// hexadecimal are of one family, and some scenarios have both.
 func TestScenariosIPv6(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.txt")
 	if err != nil || len(files) == 0 {
@@ -87,7 +88,7 @@ func TestScenariosIPv6(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if strings.Contains(string(script), "\nraw ") {
+		if strings.Contains(string(script), "\nraw ") || strings.Contains(string(script), "fd00::") {
 			continue
 		}
 		other := filtertest.ToIPv6(string(want))

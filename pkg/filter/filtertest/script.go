@@ -23,8 +23,8 @@ import (
 //	                                         octets of its SYN; it speaks to port 6379 of 10.0.0.100,
 //	                                         or of fd00::100 by its family
 //	open NAME                                its handshake with the running local stack
-//	remote NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L-R] [data TEXT]
-//	local  NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L-R] [data TEXT]
+//	remote NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L..R] [data TEXT]
+//	local  NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L..R] [data TEXT]
 //	                                         ecr: its TSecr, as it is in the segment; urg: urgent
 //	                                         pointer; sack: a block of what has come behind ack
 //	icmp NAME MTU                            a router on the way to the remote says that local's
@@ -40,7 +40,7 @@ import (
 //	request WORDS...                         as in ckptctl ioctl, GETCONNINFO too; besides
 //	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
 //	                                         ADOPT stale NAME,
-//	                                         SNAPSHOTFREEZE pass-closes|now|abort-on-data
+//	                                         SNAPSHOTFREEZE pass-closes, abort-on-data or a boundary
 //
 // Flags are joined by +, e.g. ACK or FIN+ACK. Numbers are relative: seq to the
 // next octet of that end, ack to what it has received. A segment in order moves
@@ -228,7 +228,8 @@ func (w *World) open(l *link) {
 	}
 	w.deliver(filter.HookPrerouting, w.segment(l, true, packet.SYN, 0, 0, nil, nil))
 	l.remote.nxt = l.remote.nxt.Add(1)
-	l.local.rcv, l.local.seen = l.remote.nxt, l.remote.ts
+	l.local.rcv, l.local.seen, l.local.at = l.remote.nxt, l.remote.ts, w.now
+	l.local.seenAt, l.remote.seenAt = w.now, w.now
 	w.deliver(filter.HookPostrouting, w.segment(l, false, packet.SYN|packet.ACK, 0, 0, nil, nil))
 	l.local.nxt = l.local.nxt.Add(1)
 	l.remote.rcv, l.remote.base, l.remote.seen = l.local.nxt, l.local.iss, l.local.ts
@@ -257,7 +258,7 @@ func (w *World) newLocal(f []string) error {
 		}
 		l.lscale = uint8(v)
 	}
-	l.local = end{iss: seqnum.Value(iss), nxt: seqnum.Value(iss), ts: uint32(ts), win: 400, rcv: l.local.rcv, seen: l.local.seen}
+	l.local = end{iss: seqnum.Value(iss), nxt: seqnum.Value(iss), ts: uint32(ts), win: 400, at: w.now, rcv: l.local.rcv, seen: l.local.seen}
 	return nil
 }
 
@@ -349,7 +350,10 @@ func (w *World) arrive(l *link, fromRemote bool) {
 	if !fromRemote {
 		other = &l.remote
 	}
-	if other.heard(&s); s.Seq == other.rcv && s.Flags&packet.SYN == 0 {
+	if other.heard(w.now, &s); s.Seq == other.rcv && s.Flags&packet.SYN == 0 {
+		if s.PayloadLen() > 0 {
+			other.at = w.now
+		}
 		other.rcv = s.End()
 	}
 }
@@ -387,8 +391,8 @@ func (w *World) requestLine(f []string) error {
 		w.request(r)
 	case "SNAPSHOTFREEZE":
 		r := &filter.SnapshotFreeze{App: app, PassCloses: arg(1) == "pass-closes", AbortOnData: arg(1) == "abort-on-data"}
-		if arg(1) == "now" {
-			r.Boundary = "now"
+		if !r.PassCloses && !r.AbortOnData {
+			r.Boundary = arg(1)
 		}
 		w.request(r)
 	case "SEAL":
@@ -431,7 +435,12 @@ func (w *World) sockets(how, name string) []filter.Socket {
 		if l.local.nxt == l.local.iss || l.local.fin || how == "without" && l.name == name {
 			continue
 		}
+		idle := w.now - l.local.at
+		if idle < 24*3600e9 { // shorter times do not matter to any scenario
+			idle = 0
+		}
 		out = append(out, filter.Socket{
+			LastRecv:    idle,
 			ID:          filter.ConnID{Local: l.laddr, Remote: l.raddr},
 			Established: true, CloseWait: l.remote.fin && l.local.rcv == l.remote.nxt, Passive: true, HasInfo: true,
 			TS: l.ts, SACK: l.sack, WScale: l.scale >= 0, RemoteScale: uint8(max(l.scale, 0)), LocalScale: l.lscale,

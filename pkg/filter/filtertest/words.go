@@ -28,7 +28,7 @@ var synOptions = map[string][]byte{
 type extras struct {
 	ecr         *uint32
 	urg         uint16
-	left, right uint32 // SACK block, relative to the acknowledgement
+	left, right int32 // SACK block, relative to the acknowledgement
 }
 
 // word takes one word and its value; false: it is another word.
@@ -44,7 +44,7 @@ func (x *extras) word(name, value string) (bool, error) {
 		x.urg = uint16(v)
 		return true, err
 	case "sack":
-		_, err := fmt.Sscanf(value, "%d-%d", &x.left, &x.right)
+		_, err := fmt.Sscanf(value, "%d..%d", &x.left, &x.right)
 		return true, err
 	}
 	return false, nil
@@ -54,8 +54,8 @@ func (x *extras) word(name, value string) (bool, error) {
 func (x *extras) apply(b []byte) []byte {
 	var s packet.Segment
 	s.Parse(b)
-	if x.right != 0 {
-		b = withSACK(b, s.Ack.Add(x.left), s.Ack.Add(x.right))
+	if x.left != x.right {
+		b = withSACK(b, s.Ack.Add(uint32(x.left)), s.Ack.Add(uint32(x.right)))
 		s.Parse(b)
 	}
 	if x.ecr != nil && s.Opt.HasTS {

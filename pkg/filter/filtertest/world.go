@@ -20,7 +20,9 @@ type end struct {
 	rcv      seqnum.Value // next expected of the other side, in this end's view
 	base     seqnum.Value // of a remote: the first number that it saw of local
 	ts       uint32
-	seen     uint32 // newest TSval that it took (TS.Recent), which it echoes
+	seenAt   filter.Time
+	at       filter.Time // when it took octets last, or began
+	seen     uint32      // newest TSval that it took (TS.Recent), which it echoes
 	win      uint16
 	fin      bool // it has closed
 }
@@ -188,12 +190,14 @@ func (w *World) verdict(data []byte) {
 	if w.fx.Verdict != filter.Modified {
 		return
 	}
+	w.passed = append([]byte(nil), w.fx.Out...)
 	var s packet.Segment
-	if f := s.Parse(w.fx.Out); f != packet.OK {
-		w.printf("    modified into %v\n", f)
+	if f := s.Parse(w.fx.Out); f == packet.NotTCP {
+		return // an ICMP error
+	} else if f != packet.OK {
+		w.fail(fmt.Sprintf("modified into %v", f))
 		return
 	}
-	w.passed = append([]byte(nil), w.fx.Out...)
 	w.printf("    as %s\n", w.describe(&s))
 	if !s.ChecksumOK() {
 		w.fail("a rewritten segment has a wrong checksum")
@@ -237,7 +241,7 @@ func (w *World) sent(b []byte) {
 		}
 		w.printf("    to local  %s\n", w.describe(&s))
 		if s.Has(packet.SYN) {
-			l.local.heard(&s)
+			l.local.heard(w.now, &s)
 			if l.local.rcv = s.Seq.Add(1); l.tfo {
 				l.local.rcv = s.End()
 			}
@@ -248,7 +252,7 @@ func (w *World) sent(b []byte) {
 		return
 	}
 	if l := w.byID[filter.ConnID{Local: s.Src, Remote: s.Dst}]; l != nil {
-		l.remote.heard(&s)
+		l.remote.heard(w.now, &s)
 	}
 	w.printf("    to remote %s\n", w.describe(&s))
 }
@@ -268,17 +272,18 @@ func (w *World) answerAsk(l *link, left seqnum.Value) {
 
 // heard takes the clock of the other side from a segment that is acceptable
 // (RFC 7323 section 4.3).
-func (e *end) heard(s *packet.Segment) {
+func (e *end) heard(now filter.Time, s *packet.Segment) {
+	const outdated = 24 * 24 * 3600e9 // section 5.5
 	fits := s.Seq.LessEq(e.rcv) && e.rcv.LessEq(s.End().Add(1))
-	if s.Opt.HasTS && (s.Has(packet.SYN) || fits && seqnum.NewerTS(s.Opt.TSVal, e.seen)) {
-		e.seen = s.Opt.TSVal
+	if s.Opt.HasTS && (s.Has(packet.SYN) || fits && (!seqnum.NewerTS(e.seen, s.Opt.TSVal) || now-e.seenAt >= outdated)) {
+		e.seen, e.seenAt = s.Opt.TSVal, now
 	}
 }
 
 // localTakes lets the model of the local stack take an injected segment: SYN
 // is answered, octets in order are acknowledged.
 func (w *World) localTakes(l *link, s *packet.Segment) {
-	l.local.heard(s)
+	l.local.heard(w.now, s)
 	switch {
 	case s.Has(packet.SYN) && l.local.nxt != l.local.iss: // it has the connection (RFC 5961 section 4.2)
 		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
