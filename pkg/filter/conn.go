@@ -240,7 +240,7 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 		c.newClock(s.Opt.TSVal)
 	}
 	// RFC 7323 section 4.3: up to the last acknowledgement that local sent.
-	if s.Opt.HasTS && s.Seq.LessEq(c.ep.RcvNxt) && seqnum.NewerTS(s.Opt.TSVal, c.ep.TSRec) {
+	if s.Opt.HasTS && s.Seq.LessEq(c.ep.RcvNxt) && (seqnum.NewerTS(s.Opt.TSVal, c.ep.TSRec) || c.ep.Outdated(now)) {
 		c.ep.TSRec, c.ep.TSAt = s.Opt.TSVal, now
 	}
 	if s.Has(packet.FIN) && !c.tookFin() { // the last word counts until local has taken one

@@ -282,6 +282,9 @@ func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 		c.noteClock(now, tsval)
 		if fresh || ep.TSAt == 0 || seqnum.NewerTS(tsecr, ep.TSRec) {
 			ep.TSRec, ep.TSAt = tsecr, now // what local took for the remote's clock
+			if fresh && c.lastIn != 0 {
+				ep.TSAt = c.lastIn // it may be long ago: then it does not count as a clock
+			}
 		}
 	}
 	w := s.Window
