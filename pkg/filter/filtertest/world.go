@@ -38,7 +38,7 @@ type link struct {
 	scale         int // of the remote, -1: none
 	sack          bool
 	lscale        uint8
-	ecn           bool   // local echoes congestion (RFC 3168)
+	ecn           bool   // ECN was agreed on, and local echoes congestion (RFC 3168)
 	option        []byte // one more in SYN and SYN-ACK
 	lacks         string // what the new local side's SYN-ACK does not have
 	tfo           bool   // local takes octets of a SYN (RFC 7413)
@@ -320,6 +320,12 @@ func (w *World) segment(l *link, fromRemote bool, flags uint8, dseq, dack int64,
 	scale := int(l.lscale)
 	if fromRemote {
 		e, src, dst, scale = &l.remote, l.raddr, l.laddr, l.scale
+	}
+	if l.ecn && flags&packet.SYN != 0 { // RFC 3168 section 6.1.1
+		flags |= packet.ECE
+		if flags&packet.ACK == 0 {
+			flags |= packet.CWR
+		}
 	}
 	sp := packet.Spec{Src: src, Dst: dst, Seq: e.nxt.Add(uint32(dseq)), Flags: flags, Window: e.win, Payload: data}
 	if flags&packet.ACK != 0 {
