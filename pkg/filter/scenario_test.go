@@ -4,6 +4,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -115,4 +116,28 @@ func diff(want, got string) string {
 		}
 	}
 	return ""
+}
+
+// TestIndex: docs/scenarios.md names every scenario, and none that is not there.
+func TestIndex(t *testing.T) {
+	page, err := os.ReadFile("../../docs/scenarios.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := map[string]bool{}
+	for _, m := range regexp.MustCompile("`([0-9]+-[a-z0-9-]+\\.txt)`").FindAllStringSubmatch(string(page), -1) {
+		named[m[1]] = true
+		if _, err := os.Stat(filepath.Join("testdata", m[1])); err != nil {
+			t.Errorf("docs/scenarios.md: %v", err)
+		}
+	}
+	files, err := filepath.Glob("testdata/*.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		if !named[filepath.Base(f)] {
+			t.Errorf("docs/scenarios.md does not name %s", f)
+		}
+	}
 }
