@@ -86,6 +86,7 @@ type conn struct {
 	hsIRS     seqnum.Value
 	hsISN     seqnum.Value
 	hsTS      uint32 // TSval of its SYN-ACK
+	hsClock   uint32 // and of our SYN
 	hsStarted bool
 	hsDone    bool
 	hsOver    bool // a SYN was sent behind that
@@ -237,6 +238,7 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 	c.ep.NoteWindow(s)
 	c.ep.Acked(s.Ack)
 	if c.oldClock && s.Opt.HasTS {
+		c.oldClock = false
 		c.newClock(s.Opt.TSVal)
 	}
 	// RFC 7323 section 4.3: up to the last acknowledgement that local sent.
@@ -249,12 +251,12 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 	c.closing(now)
 }
 
-// newClock has local see the remote's clock go on from where local was told
-// that it is, if it has gone half way round since: local would take everything
+// newClock has local see the remote's clock tsval go on from the one that the
+// SYN brought, if it has gone half way round since: local would take everything
 // for old duplicates (RFC 7323 section 5.5).
 func (c *conn) newClock(tsval uint32) {
-	if c.oldClock = false; seqnum.NewerTS(c.ep.TSRec, tsval) {
-		c.tr.TSIn = tsval - c.ep.TSRec - 1
+	if c.ep.Opt.TS && seqnum.NewerTS(c.hsClock, tsval-c.tr.TSIn) {
+		c.tr.TSIn = tsval - c.hsClock
 		c.ep.TSRec = tsval
 		c.app.engine.mark(c)
 	}

@@ -24,7 +24,7 @@ func (e *Engine) startHandshake(c *conn, fx *Effects) {
 	if c.state != appstate.Rst {
 		c.set(appstate.Restoring)
 	}
-	c.hsStarted = true
+	c.hsStarted, c.hsClock = true, c.ep.TSRec
 	sp := c.ep.Syn(c.hsIRS)
 	fx.send(&sp, true)
 }
@@ -34,7 +34,7 @@ func (e *Engine) startHandshake(c *conn, fx *Effects) {
 // repeats nothing when our acknowledgement was lost. One that has the connection
 // takes the SYN for an old one and says so (RFC 5961 section 4.2).
 func (e *Engine) handshakeOver(c *conn, fx *Effects) {
-	c.hsOver = true
+	c.hsOver, c.hsClock = true, c.ep.TSRec
 	sp := c.ep.Syn(c.hsIRS)
 	fx.send(&sp, true)
 }
@@ -120,6 +120,7 @@ func (e *Engine) handshakeAck(c *conn, fx *Effects) {
 		c.hsWindow = s.Window
 		c.hsMSS = s.Opt.MSS
 		c.tr = translation(c, s)
+		c.newClock(c.ep.TSRec)
 		c.hsDone = true
 		c.hsTS = s.Opt.TSVal
 		if c.state == appstate.Restoring {
@@ -182,6 +183,7 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 	c.fwd, c.asks = false, 0
 	c.answered()
 	c.opened, c.hsEnd = now, c.ep.SndNxt
+	c.newClock(c.ep.TSRec) // its answer to the probe can have come behind the SYN
 	c.oldClock = c.ep.Outdated(now)
 	c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
 	if !c.translated {
