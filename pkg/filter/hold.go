@@ -77,7 +77,7 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 		fx.drop(HeldUnknown)
 		return
 	}
-	if !c.learned && !c.handshake {
+	if !c.learned && (!c.handshake || c.alive()) { // its numbers are not known, or not any more
 		fx.drop(HeldUnknown)
 		return
 	}
