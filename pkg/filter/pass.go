@@ -145,7 +145,8 @@ func (e *Engine) icmpError(p *Packet, fx *Effects) *app {
 		fx.accept(Excluded)
 		return a
 	}
-	if a.state.Away() {
+	drains := a.state == appstate.SnapshotFreeze && !a.sealed && m.TooBig() // else local's last octets would never get through
+	if a.state.Away() && !drains {
 		fx.drop(HeldICMP)
 		return a
 	}

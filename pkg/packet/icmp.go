@@ -74,6 +74,12 @@ func (e *ICMPError) parse6(b []byte) bool {
 	return true
 }
 
+// TooBig tells whether the quoted segment did not fit the path (RFC 1191, RFC 8201).
+func (e *ICMPError) TooBig() bool {
+	m := e.raw[e.icmp:]
+	return e.v6 && m[0] == 2 || !e.v6 && m[0] == 3 && m[1] == 4
+}
+
 func (e *ICMPError) ports(src, dst netip.Addr) {
 	t := e.raw[e.q:]
 	e.Src = netip.AddrPortFrom(src, binary.BigEndian.Uint16(t))
