@@ -1,9 +1,11 @@
-# Targets: build demo test test-unit bench fuzz lint fmt generate clean
+# Targets: build demo test test-unit sim bench fuzz lint fmt generate clean
 SHELL       := /bin/bash
 export CGO_ENABLED ?= 0
 export PATH := $(PATH):/usr/sbin:/sbin
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME    ?= 30s
+# How many seeds of the simulator.
+SEEDS       ?= 2000
 # Further flags for go test, e.g. TESTFLAGS=-v.
 TESTFLAGS   ?=
 GOBUILD     := go build -trimpath -buildvcs=false -ldflags '-s -w'
@@ -15,7 +17,7 @@ SUDO := sudo
 EXEC := -exec 'sudo env PATH=$(PATH) NFCF_BIN=$(CURDIR)/bin'
 endif
 
-.PHONY: all build demo test test-unit test-race test-root bench fuzz lint vet fmt generate clean deps-test
+.PHONY: all build demo test test-unit test-race test-root sim bench fuzz lint vet fmt generate clean deps-test
 all: build
 
 build:
@@ -47,8 +49,14 @@ test-root: deps-test bin/bytecount bin/demo
 
 test: deps-test build vet
 	go test $(TESTFLAGS) -timeout 10m $(EXEC) $(UNIT) ./test/imports/ ./test/clients/ ./test/harness/ ./test/bytecount/
+	@$(MAKE) --no-print-directory sim
 	@$(MAKE) --no-print-directory test-race
 	@$(MAKE) --no-print-directory test-root
+
+# The engine between two real TCP stacks. A seed that fails is named with the
+# command that plays it again.
+sim:
+	go test $(TESTFLAGS) -count=1 -timeout 60m ./pkg/filter/filtertest/sim -run TestSeeds -seeds $(SEEDS)
 
 bench: bin/bench
 	@scripts/deps.sh bench

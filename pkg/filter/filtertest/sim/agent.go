@@ -29,7 +29,6 @@ type agent struct {
 	adopted  uint64 // engine that was told of the sockets
 	adoptAt  int64
 	snap     int
-	quitting bool
 }
 
 func (a *agent) run(script func()) {

@@ -10,7 +10,7 @@ import (
 )
 
 var (
-	seeds    = flag.Int("seeds", 300, "how many seeds are played")
+	seeds    = flag.Int("seeds", 100, "how many seeds are played")
 	first    = flag.Uint64("first", 1, "the first seed")
 	one      = flag.Int64("seed", -1, "play only this seed")
 	traceTo  = flag.String("trace", "", "write the whole trace of -seed to this file")
