@@ -259,6 +259,7 @@ type snapshotJSON struct {
 	App        string   `json:"app"`
 	SnapshotID string   `json:"snapshot_id"`
 	Forced     []string `json:"forced"`
+	Notes      []string `json:"notes,omitempty"`
 
 	Phases []phaseJSON `json:"phases,omitempty"`
 }

@@ -46,7 +46,7 @@ is named; --force goes on nevertheless and names what may be lost.`,
 				return err
 			}
 			if c.output == "json" {
-				return writeJSON(c.out, snapshotJSON{App: r.Msg.App, SnapshotID: r.Msg.SnapshotId, Forced: notEmpty(r.Msg.Forced), Phases: phasesOf(r.Msg.Phases)})
+				return writeJSON(c.out, snapshotJSON{App: r.Msg.App, SnapshotID: r.Msg.SnapshotId, Forced: notEmpty(r.Msg.Forced), Notes: r.Msg.Notes, Phases: phasesOf(r.Msg.Phases)})
 			}
 			for _, line := range r.Msg.Notes {
 				fmt.Fprintf(c.err, "note: %s\n", line)

@@ -20,7 +20,8 @@ application and removes the VIP. Its clients lose their connections; to keep
 them, take a snapshot instead.
 
 Allowed in CONNECTED and RESTORED. In SNAPSHOTDONE the process is gone already
-and the filter holds the clients: --discard gives them up, each gets a reset.`,
+and the filter holds the clients: --discard gives them up, each gets a reset. In
+SNAPSHOTFREEZE --discard first ends a snapshot that nobody carries on.`,
 		Example: "  ckptctl stop redis\n  ckptctl stop redis --discard",
 		Args:    oneApp,
 		RunE: c.command(func(ctx context.Context, args []string) error {

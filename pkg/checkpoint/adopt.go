@@ -2,6 +2,7 @@ package checkpoint
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
 
@@ -61,7 +62,7 @@ func (a *agent) adoptAll(ctx context.Context, apps []*pb.AppStatus) bool {
 		}
 		if err != nil && ctx.Err() == nil {
 			a.log.Warn("the filter was not told of the application's sockets", "app", st.Name, "err", err)
-			all = false
+			all = all && errors.Is(err, errElsewhere) // it is not elsewhere soon
 		}
 	}
 	return all
@@ -75,6 +76,14 @@ func (a *agent) busy(app string) bool {
 
 // adopt hands the application's sockets to the filter.
 func (a *agent) adopt(ctx context.Context, app *config.App) (*pb.AdoptReply, error) {
+	// A list of another namespace would have the filter forget everything.
+	if proc, err := a.processOf(app); err != nil {
+		return nil, err
+	} else if proc != nil {
+		if err := proc.within(app.Process.Namespace); err != nil {
+			return nil, err
+		}
+	}
 	s, err := a.openSockets(app.Process.Namespace)
 	if err != nil {
 		return nil, err
@@ -97,9 +106,29 @@ func (a *agent) adopt(ctx context.Context, app *config.App) (*pb.AdoptReply, err
 		return nil, err
 	}
 	req := &pb.AdoptRequest{App: app.Name, ListenPorts: scope.listenPorts(ls), ListedAtNs: ts.Nano()}
+	var others []sockdiag.Socket
 	for _, k := range all {
 		if !scope.sameHost(k) && scope.wants(k) {
 			req.Sockets = append(req.Sockets, socketMessage(k, scope.passive(k)))
+		} else {
+			others = append(others, k)
+		}
+	}
+	if len(others) > 0 {
+		// What the filter knows and is not told of is forgotten with its
+		// translation: the configuration may have changed since it was opened.
+		info, err := a.connInfo(ctx, app.Name)
+		if err != nil {
+			return nil, err
+		}
+		known := make(map[string]bool, len(info.Conns))
+		for _, c := range info.Conns {
+			known[pairName(c.Local, c.Remote)] = true
+		}
+		for _, k := range others {
+			if known[pairName(k.Local.String(), k.Remote.String())] {
+				req.Sockets = append(req.Sockets, socketMessage(k, scope.passive(k)))
+			}
 		}
 	}
 	r, err := a.filter.Adopt(ctx, connect.NewRequest(req))

@@ -233,6 +233,11 @@ func (a *agent) reload() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	cfg.Generation = a.cfg.Generation + 1
+	for name := range cfg.Apps {
+		if a.cfg.Apps[name] == nil { // an earlier agent may have left something
+			a.recoverLater(name)
+		}
+	}
 	a.cfg = cfg
 	a.log.Info("configuration read again", "generation", cfg.Generation)
 }

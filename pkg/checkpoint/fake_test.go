@@ -349,6 +349,12 @@ func (p fakeProcess) alive() bool {
 	return p.w.running
 }
 
+func (p fakeProcess) within(string) error {
+	p.w.mu.Lock()
+	defer p.w.mu.Unlock()
+	return p.w.fail["elsewhere"]
+}
+
 func (p fakeProcess) describe() string { return "process 1234" }
 
 func (p fakeProcess) freeze(context.Context) error {

@@ -21,6 +21,9 @@ type intent struct {
 	SnapshotID string `json:"snapshot_id,omitempty"`
 	Force      bool   `json:"force,omitempty"`
 	Discard    bool   `json:"discard,omitempty"`
+	// Fresh: the start found the application unknown, so that a failure makes
+	// it unknown again.
+	Fresh bool `json:"fresh,omitempty"`
 }
 
 // intents keeps them.

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -63,9 +64,13 @@ func (l *osLauncher) openLog(app *config.App) (*os.File, error) {
 		return nil, fmt.Errorf("log of %s: %w", app.Name, err)
 	}
 	// O_NOFOLLOW: the directory may belong to the application's user.
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW, 0o640)
+	// O_NONBLOCK: so may the file, and a pipe would be waited for.
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
 	if err != nil {
 		return nil, fmt.Errorf("log of %s: %w", app.Name, err)
+	}
+	if fi, err := f.Stat(); err != nil || fi.Mode().Type()&^(os.ModeDevice|os.ModeCharDevice) != 0 {
+		return nil, errors.Join(fmt.Errorf("log of %s: %s is no file; remove it", app.Name, path), err, f.Close())
 	}
 	return f, nil
 }
@@ -277,7 +282,7 @@ func (l *osLauncher) find(app *config.App) (process, error) {
 	if app.Process.PidFile == "" {
 		return nil, nil
 	}
-	pid, err := readPidFile(app.Process.PidFile)
+	pid, file, err := readPidFile(app.Process.PidFile)
 	if err != nil || pid == 0 {
 		return nil, err
 	}
@@ -285,11 +290,9 @@ func (l *osLauncher) find(app *config.App) (process, error) {
 	if err != nil || st.gone() {
 		return nil, nil // a stale pid_file
 	}
-	if why, err := stale(app, st); err != nil || why != "" {
-		if why != "" {
-			l.log.Warn("the process that pid_file names is not taken for the application", "app", app.Name, "why", why)
-		}
-		return nil, err
+	if why := stale(app.Process.PidFile, file, st); why != "" {
+		l.log.Warn("the process that pid_file names is not taken for the application", "app", app.Name, "why", why)
+		return nil, nil
 	}
 	r := record{App: app.Name, PID: pid, StartTime: st.start, BootID: bootID(),
 		OwnSession: st.sid == pid, OwnGroup: st.pgid == pid, Adopted: true}
@@ -299,24 +302,38 @@ func (l *osLauncher) find(app *config.App) (process, error) {
 	return &osProcess{rec: r, ended: func() { l.forget(app.Name) }}, nil
 }
 
-// readPidFile gives the process number in the file, 0 when there is none.
-func readPidFile(path string) (int, error) {
-	b, err := os.ReadFile(path)
+// readPidFile gives the process number in the file, 0 when there is none. The
+// file may be in the hands of the application's user, who must not make the
+// agent wait for a pipe, or take another program's file for it by a link.
+func readPidFile(path string) (int, os.FileInfo, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, os.ErrNotExist) {
-		return 0, nil
+		return 0, nil, nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("pid_file: %w", err)
+		return 0, nil, fmt.Errorf("pid_file: %w", err)
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, nil, fmt.Errorf("pid_file: %w", err)
+	}
+	if !fi.Mode().IsRegular() {
+		return 0, nil, fmt.Errorf("pid_file %s is no regular file; remove it", path)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, 64))
+	if err != nil {
+		return 0, nil, fmt.Errorf("pid_file: %w", err)
 	}
 	text := strings.TrimSpace(string(b))
 	if text == "" {
-		return 0, nil
+		return 0, nil, nil
 	}
 	pid, err := strconv.Atoi(text)
 	if err != nil || pid <= 1 || pid == os.Getpid() {
-		return 0, fmt.Errorf("pid_file %s holds no process number of an application: %.20q", path, text)
+		return 0, nil, fmt.Errorf("pid_file %s holds no process number of an application: %.20q", path, text)
 	}
-	return pid, nil
+	return pid, fi, nil
 }
 
 // startIn starts cmd in a network namespace, given by name or path; "" is the

@@ -40,6 +40,8 @@ type operation struct {
 	intended bool // there is a record of it
 	handedOn bool // to an operation that is begun anew: its record stays
 	quiet    bool // not worth a line in the log
+	left     bool // it could not be taken back: its record stays, and it is looked at again
+	result   error
 	phases   []phase
 	detail   string
 	waited   time.Duration // for a filter that was not there
@@ -194,8 +196,9 @@ func (a *agent) finish(o *operation, err error) {
 		a.log.Info(o.name+" done", attrs...)
 	}
 	// What could neither be ended nor taken back is known to whoever tries next.
-	known := o.intended || o.name == opRecover || o.name == opAbort || o.name == opStart
-	if known && !o.handedOn && (err == nil || !o.sealed) {
+	ended := err == nil && (o.intended || o.name == opRecover || o.name == opAbort || o.name == opStart)
+	undone := err != nil && o.intended && !o.sealed && o.name != opRecover
+	if (ended || undone) && !o.handedOn && !o.left {
 		if err := a.intents.clear(o.app); err != nil {
 			a.log.Error("the record of an operation stays", "app", o.app, "err", err)
 		}
@@ -203,12 +206,16 @@ func (a *agent) finish(o *operation, err error) {
 	o.unhook()
 	o.cancel(nil)
 	a.mu.Lock()
+	o.result = err
 	delete(a.ops, o.app)
 	wanted := a.wanted[o.app] && a.root.Err() == nil
 	delete(a.wanted, o.app)
 	a.mu.Unlock()
 	if wanted && o.name != opRestore {
 		a.restoreSoon(o.app)
+	}
+	if o.left {
+		a.recoverLater(o.app)
 	}
 	a.wg.Done()
 }
@@ -223,7 +230,7 @@ func (a *agent) abortRunning(ctx context.Context, app string) (bool, error) {
 		return false, nil
 	}
 	phase, _, sealed := o.state()
-	if sealed || o.name == opStop {
+	if sealed || o.name == opStop || o.name == opRecover {
 		return true, control.Error(connect.CodeFailedPrecondition, app, "",
 			fmt.Sprintf("abort of %s: %s is in phase %q and cannot be taken back any more", app, o.name, phase))
 	}
@@ -233,7 +240,22 @@ func (a *agent) abortRunning(ctx context.Context, app string) (bool, error) {
 		defer a.mu.Unlock()
 		return a.ops[app] != o, nil
 	})
+	switch {
+	case err != nil:
+	case o.result == nil:
+		err = control.Error(connect.CodeFailedPrecondition, app, "", fmt.Sprintf("abort of %s: it was too late, %s has ended well", app, o.name))
+	case o.left:
+		err = control.Error(connect.CodeFailedPrecondition, app, control.Info(o.result).GetState(), fmt.Sprintf("abort of %s: %v; it is tried again", app, o.result))
+	}
 	return true, err
+}
+
+// forward says that from here the operation only goes forward; its record
+// stays until it has ended.
+func (o *operation) forward() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.sealed = true
 }
 
 // sleepless contexts: what undoes or finishes an operation must not end with

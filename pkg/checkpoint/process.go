@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"sync"
 	"time"
 
@@ -15,6 +16,9 @@ import (
 type process interface {
 	// alive tells whether any of its processes runs.
 	alive() bool
+	// within fails with errElsewhere where all of it runs in another network
+	// namespace ("": the agent's): its sockets are not to be found in this one.
+	within(namespace string) error
 	// describe names it for logs and errors.
 	describe() string
 	// freeze stops all its processes; on an error none is left stopped.
@@ -43,9 +47,8 @@ type osProcess struct {
 	// ended is called once when stop has seen the last process end.
 	ended func()
 
-	mu     sync.Mutex
-	exit   string // how the child ended
-	frozen bool
+	mu   sync.Mutex
+	exit string // how the child ended
 }
 
 func (p *osProcess) describe() string {
@@ -55,6 +58,36 @@ func (p *osProcess) describe() string {
 		return fmt.Sprintf("process %d (%s)", p.rec.PID, p.exit)
 	}
 	return fmt.Sprintf("process %d", p.rec.PID)
+}
+
+var errElsewhere = errors.New("it runs in another network namespace than process.namespace says; the file was changed or the namespace " +
+	"made anew meanwhile: set it to the one that it runs in, or stop and start the application")
+
+func (p *osProcess) within(namespace string) error {
+	path := "/proc/self/ns/net"
+	if namespace != hostNamespace {
+		path = namespacePath(namespace)
+	}
+	want, err := os.Stat(path)
+	if err != nil {
+		return fmt.Errorf("network namespace %s: %w", namespace, err)
+	}
+	all, err := p.members()
+	if err != nil {
+		return err
+	}
+	elsewhere := error(nil)
+	for _, s := range all {
+		have, err := os.Stat("/proc/" + strconv.Itoa(s.pid) + "/ns/net")
+		if err != nil { // one that ends meanwhile is nowhere
+			continue
+		}
+		if os.SameFile(have, want) {
+			return nil
+		}
+		elsewhere = fmt.Errorf("process %d: %w", s.pid, errElsewhere)
+	}
+	return elsewhere
 }
 
 func (p *osProcess) members() ([]procStat, error) {
@@ -91,7 +124,6 @@ func (p *osProcess) freeze(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, freezeTimeout,
 		fmt.Errorf("not all of it stood still within %s", freezeTimeout))
 	defer cancel()
-	p.setFrozen(true)
 	var err error
 	if p.rec.Cgroup != "" {
 		err = cgroup(p.rec.Cgroup).freeze(ctx)
@@ -141,17 +173,10 @@ func (p *osProcess) stopTree(ctx context.Context) error {
 }
 
 func (p *osProcess) thaw() error {
-	p.setFrozen(false)
 	if p.rec.Cgroup != "" {
 		return cgroup(p.rec.Cgroup).thaw()
 	}
 	return p.signal(unix.SIGCONT)
-}
-
-func (p *osProcess) setFrozen(v bool) {
-	p.mu.Lock()
-	p.frozen = v
-	p.mu.Unlock()
 }
 
 func (p *osProcess) signal(sig unix.Signal) error {
@@ -164,10 +189,7 @@ func (p *osProcess) signal(sig unix.Signal) error {
 
 func (p *osProcess) stop(sig unix.Signal, timeout time.Duration) error {
 	err := p.signal(sig)
-	p.mu.Lock()
-	frozen := p.frozen
-	p.mu.Unlock()
-	if frozen && sig != unix.SIGKILL {
+	if sig != unix.SIGKILL { // an earlier agent may have stopped it
 		err = errors.Join(err, p.thaw())
 	}
 	if sig != unix.SIGKILL && p.waitGone(timeout, 0) == nil {
@@ -183,7 +205,6 @@ func (p *osProcess) stop(sig unix.Signal, timeout time.Duration) error {
 }
 
 func (p *osProcess) finished() {
-	p.setFrozen(false)
 	if p.rec.Cgroup != "" {
 		cgroup(p.rec.Cgroup).remove()
 	}

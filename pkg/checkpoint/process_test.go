@@ -241,7 +241,7 @@ func TestCommandOfApplication(t *testing.T) {
 	if err := l.run(ctx, app, []string{"/bin/sh", "-c", "sleep 1000 & echo $! >" + pid + "; wait"}); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("killed: %v", err)
 	}
-	n, err := readPidFile(pid)
+	n, _, err := readPidFile(pid)
 	if err != nil || n == 0 {
 		t.Fatal(n, err)
 	}

@@ -142,6 +142,10 @@ func (r *restoreRun) rollBack(cause error) error {
 		}
 	}
 	if err = errors.Join(err, serr); err != nil {
+		r.op.left = r.op.name == opRestore
+		if errors.Is(cause, errAborted) && r.op.left { // it is not begun anew
+			err = errors.Join(err, r.a.intents.save(intent{App: r.app.Name, Op: opAbort}))
+		}
 		return failed(opRestore, r.app.Name, state, noted(cause, "; and it could not be undone: "+err.Error()))
 	}
 	return failed(opRestore, r.app.Name, state, noted(cause, "; its connections stay held"))

@@ -18,8 +18,10 @@ import (
 const (
 	// recoverFirst bounds the first look at the filter, before the agent serves.
 	recoverFirst = 3 * time.Second
-	// recoverAgain is the wait between looks for a filter that is not there.
+	// recoverAgain is the wait between looks for a filter that is not there;
+	// after a failure it doubles up to recoverMost.
 	recoverAgain = time.Second
+	recoverMost  = time.Minute
 )
 
 // recover brings what an earlier agent left half done to its end, or undoes
@@ -28,42 +30,56 @@ const (
 func (a *agent) recover(ctx context.Context) {
 	first, cancel := context.WithTimeout(ctx, recoverFirst)
 	defer cancel()
-	var later []*config.App
+	away := 0
 	for _, app := range a.config().Apps {
-		if !a.recoverApp(first, app) {
-			later = append(later, app)
+		done, err := a.recoverApp(first, app)
+		if !done {
+			a.recoverLater(app.Name)
+		}
+		if !done && err == nil {
+			away++
 		}
 	}
-	if len(later) == 0 {
-		return
+	if away > 0 {
+		a.log.Warn("the filter is not there; what an earlier agent left is looked at when it is", "applications", away)
 	}
-	a.log.Warn("the filter is not there; what an earlier agent left is looked at when it is", "applications", len(later))
+}
+
+// recoverLater looks at an application again until nothing is left half done.
+func (a *agent) recoverLater(name string) {
 	a.wg.Go(func() {
-		for len(later) > 0 {
+		for wait := recoverAgain; ; {
 			select {
-			case <-ctx.Done():
+			case <-a.root.Done():
 				return
-			case <-time.After(recoverAgain):
+			case <-time.After(wait):
 			}
-			var still []*config.App
-			for _, app := range later {
-				if !a.recoverApp(ctx, app) {
-					still = append(still, app)
-				}
+			app := a.config().Apps[name]
+			if app == nil { // disabled; it is looked at when it is there again
+				return
 			}
-			later = still
+			done, err := a.recoverApp(a.root, app)
+			if done {
+				return
+			}
+			if wait *= 2; err == nil {
+				wait = recoverAgain
+			}
+			wait = min(wait, recoverMost)
 		}
 	})
 }
 
-// recoverApp tells whether it could look.
-func (a *agent) recoverApp(ctx context.Context, app *config.App) bool {
-	if _, err := a.status(ctx, app.Name); err != nil {
-		return false
+// recoverApp brings one application's affairs to their end; look bounds the
+// first look at the filter alone. done is false where it has to look again, with
+// an error where something failed.
+func (a *agent) recoverApp(look context.Context, app *config.App) (done bool, failure error) {
+	if _, err := a.status(look, app.Name); err != nil {
+		return false, nil
 	}
-	op, err := a.begin(ctx, app.Name, opRecover)
+	op, err := a.begin(a.root, app.Name, opRecover)
 	if err != nil {
-		return a.root.Err() != nil // somebody is quicker; see again later
+		return a.root.Err() != nil, nil // somebody is quicker; see again later
 	}
 	in, err := a.intents.load(app.Name)
 	if err != nil {
@@ -72,7 +88,7 @@ func (a *agent) recoverApp(ctx context.Context, app *config.App) bool {
 	did, again, err := a.resume(op, app, in)
 	switch {
 	case err != nil:
-		a.log.Error("what an earlier agent left could not be brought to an end", "app", app.Name, "err", err)
+		a.log.Error("what an earlier agent left could not be brought to an end, it is tried again", "app", app.Name, "err", err)
 	case did != "":
 		a.log.Warn("an earlier agent ended in the middle of its work: "+did, "app", app.Name)
 	}
@@ -85,7 +101,7 @@ func (a *agent) recoverApp(ctx context.Context, app *config.App) bool {
 			}
 		})
 	}
-	return true
+	return err == nil, err
 }
 
 // resume decides by the filter's state, the process and the intent how to go

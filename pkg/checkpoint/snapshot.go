@@ -83,6 +83,9 @@ func (a *agent) snapshot(ctx context.Context, req *pb.AgentSnapshotRequest) (rep
 	if err == nil && proc == nil {
 		err = errors.New("its process is not running; start it first")
 	}
+	if err == nil {
+		err = proc.within(app.Process.Namespace)
+	}
 	if err != nil {
 		return nil, failed(opSnapshot, app.Name, st.State, err)
 	}
@@ -137,8 +140,12 @@ func (r *snapshotRun) rollBack(cause error) error {
 		}
 	}
 	// After the filter: what it says while everything is sealed is lost.
-	err := r.proc.thaw()
+	var err error
+	if _, _, sealed := r.op.state(); serr == nil || !sealed {
+		err = r.proc.thaw()
+	}
 	if err = errors.Join(err, serr); err != nil {
+		r.op.left = true
 		// Both are told: the reason, and what was not taken back.
 		r.a.log.Error("snapshot not undone", "app", r.app.Name, "err", err)
 		return failed(opSnapshot, r.app.Name, state, noted(cause, "; and it could not be undone: "+err.Error()))

@@ -74,10 +74,18 @@ func (a *agent) start(ctx context.Context, name string) (reply *pb.AgentReply, e
 	if proc != nil && st.State != control.StateUnknown {
 		return reply, nil
 	}
-	if err := a.intend(op, intent{}); err != nil {
+	fresh := st.State == control.StateUnknown
+	if in, _ := a.intents.load(name); in != nil && in.Op == opStart && in.BootID == bootID() {
+		fresh = fresh || in.Fresh // an earlier agent's start goes on
+	}
+	if err := a.intend(op, intent{Fresh: fresh}); err != nil {
 		return nil, failed(opStart, name, st.State, err)
 	}
 	u := &undo{op: op}
+	if fresh && st.State != control.StateUnknown {
+		u.add(func(ctx context.Context) error { return a.unregister(ctx, name, true) })
+		u.add(func(context.Context) error { return a.removeVIPs(app) })
+	}
 	if err := a.bringUp(u, app, proc, st.State == control.StateUnknown); err != nil {
 		u.run(a)
 		return nil, failed(opStart, name, st.State, err)
@@ -265,7 +273,8 @@ func (a *agent) stop(ctx context.Context, name string, discard bool) (reply *pb.
 		}
 		a.setProcess(name, nil)
 	}
-	ctx, cancel := op.cleanup() // half a stop helps nobody
+	op.forward() // half a stop helps nobody
+	ctx, cancel := op.cleanup()
 	defer cancel()
 	op.enter("unregister")
 	if st.State != control.StateUnknown {

@@ -144,7 +144,9 @@ func (s store) list(app string) ([]Manifest, error) {
 			return nil, fmt.Errorf("snapshot store: %w", err)
 		}
 		for _, e := range entries {
-			apps = append(apps, e.Name())
+			if e.IsDir() {
+				apps = append(apps, e.Name())
+			}
 		}
 	}
 	var out []Manifest
