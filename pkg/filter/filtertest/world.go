@@ -19,6 +19,7 @@ type end struct {
 	iss, nxt seqnum.Value // its own numbers
 	rcv      seqnum.Value // next expected of the other side, in this end's view
 	base     seqnum.Value // of a remote: the first number that it saw of local
+	told     seqnum.Value // of a remote: what was acknowledged to it
 	ts       uint32
 	seenAt   filter.Time
 	at       filter.Time // when it took octets last, or began
@@ -174,8 +175,14 @@ func (w *World) effects() {
 		sends = append(sends, append([]byte(nil), s.Data...))
 	}
 	w.fx.Reset()
-	for _, b := range sends {
-		w.sent(b)
+	var taken []func()
+	for _, b := range sends { // what local says to them comes behind all of them
+		if f := w.sent(b); f != nil {
+			taken = append(taken, f)
+		}
+	}
+	for _, f := range taken {
+		f()
 	}
 }
 
@@ -224,12 +231,13 @@ func (w *World) reply(r filter.Reply) {
 	}
 }
 
-// sent prints an injected segment; the local stack answers what is for it.
-func (w *World) sent(b []byte) {
+// sent prints an injected segment, and returns how the local stack takes one
+// that is for it.
+func (w *World) sent(b []byte) func() {
 	var s packet.Segment
 	if f := s.Parse(b); f != packet.OK || !s.ChecksumOK() {
 		w.fail(fmt.Sprintf("a sent segment is broken: %v", f))
-		return
+		return nil
 	}
 	if l := w.byID[filter.ConnID{Local: s.Dst, Remote: s.Src}]; l != nil {
 		if ask := s.PayloadLen() == 1 && l.local.rcv.Size(s.Seq) > 1<<29; ask {
@@ -237,7 +245,7 @@ func (w *World) sent(b []byte) {
 			if !w.silent {
 				w.answerAsk(l, s.Seq)
 			}
-			return
+			return nil
 		}
 		w.printf("    to local  %s\n", w.describe(&s))
 		if s.Has(packet.SYN) {
@@ -246,15 +254,30 @@ func (w *World) sent(b []byte) {
 				l.local.rcv = s.End()
 			}
 		}
-		if !w.silent {
-			w.localTakes(l, &s)
+		if w.silent {
+			return nil
 		}
-		return
+		return func() { w.localTakes(l, &s) }
 	}
-	if l := w.byID[filter.ConnID{Local: s.Src, Remote: s.Dst}]; l != nil {
+	if l := w.byID[filter.ConnID{Local: s.Src, Remote: s.Dst}]; l != nil && l.remote.base != 0 {
+		w.consistent(&l.remote, &s)
 		l.remote.heard(w.now, &s)
 	}
 	w.printf("    to remote %s\n", w.describe(&s))
+	return nil
+}
+
+// consistent checks what every segment of ours to a remote must fulfil: it would
+// take an older clock for an old duplicate (PAWS), and an acknowledgement that goes
+// back tells that a number was lost.
+func (w *World) consistent(e *end, s *packet.Segment) {
+	if s.Opt.HasTS && seqnum.NewerTS(e.seen, s.Opt.TSVal) && w.now-e.seenAt < 24*24*3600e9 {
+		w.fail(fmt.Sprintf("TSval %d, the remote has seen %d", s.Opt.TSVal, e.seen))
+	}
+	if e.told != 0 && s.Ack.Less(e.told) {
+		w.fail(fmt.Sprintf("the acknowledgement goes back by %d", e.told.Size(s.Ack)))
+	}
+	e.told = s.Ack
 }
 
 // answerAsk plays local's duplicate ACK with a DSACK for the octet of an ask.
@@ -292,7 +315,7 @@ func (w *World) localTakes(l *link, s *packet.Segment) {
 		l.local.nxt = l.local.iss.Add(1)
 		w.deliver(w.before, append([]byte(nil), b...))
 		if w.deliver(filter.HookPostrouting, b); w.passed != nil { // it is a new connection
-			l.remote.rcv, l.remote.base, l.remote.seen = l.local.nxt, l.local.iss, l.local.ts
+			l.remote.rcv, l.remote.base, l.remote.told, l.remote.seen = l.local.nxt, l.local.iss, 0, l.local.ts
 		}
 	case s.Len() == 0 && min(l.local.rcv.Size(s.Seq), s.Seq.Size(l.local.rcv)) > 1<<20: // far outside its window
 		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
