@@ -139,9 +139,9 @@ func (a *app) anyFin() bool {
 	return slices.ContainsFunc(a.conns, func(c *conn) bool { return c.keptFin })
 }
 
-// dismiss ends a connection that is left out.
+// dismiss ends a connection that is left out. A remote that has reset it knows.
 func (e *Engine) dismiss(c *conn, fx *Effects) {
-	if c.learned {
+	if c.learned && c.state != appstate.Rst {
 		sp := c.ep.Rst()
 		fx.send(&sp, false)
 	}
