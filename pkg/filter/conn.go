@@ -40,6 +40,7 @@ type conn struct {
 
 	bytesIn, bytesOut uint64
 	inEnd             seqnum.Value // behind the last octet that passed to local
+	inKnown           bool         // inEnd is of now
 	lastIn, lastOut   Time         // of payload
 	spokeAt           Time         // when ep.TSVal was taken from local
 	last              speaker
@@ -229,8 +230,8 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 		return
 	}
 	c.ackSeen = true
-	if !c.ep.RcvNxt.Less(c.inEnd) {
-		c.inEnd = c.ep.RcvNxt
+	if !c.inKnown || !c.ep.RcvNxt.Less(c.inEnd) {
+		c.inEnd, c.inKnown = c.ep.RcvNxt, true
 	}
 	if s.Seq.LessEq(c.inEnd) && c.inEnd.Less(s.End()) { // nothing that is ahead of a hole
 		c.inEnd = s.End()

@@ -19,7 +19,7 @@ const young = 2e9
 // unseen is not known any more.
 func (c *conn) prepare(now Time) {
 	if !c.translated {
-		c.learned, c.rcvKnown = false, c.handshake && now-c.created <= young
+		c.learned, c.inKnown, c.rcvKnown = false, false, c.handshake && now-c.created <= young
 	}
 	c.listed, c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false, false
 	c.asks, c.askFrom, c.askAt, c.discarded, c.fwd = 0, 0, 0, 0, false

@@ -192,7 +192,7 @@ func (e *Engine) inbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 // a snapshot counts on it.
 func (c *conn) resets(s *packet.Segment) bool {
 	if c.learned { // local may hold octets that it has not acknowledged yet
-		return s.Seq == c.ep.RcvNxt || s.Seq == c.inEnd && c.ep.RcvNxt.Less(c.inEnd)
+		return s.Seq == c.ep.RcvNxt || c.inKnown && s.Seq == c.inEnd && c.ep.RcvNxt.Less(c.inEnd)
 	}
 	if c.refused != "" && c.handshake || c.translated { // what was seen in its handshake is not to be forgotten for a guess
 		return false

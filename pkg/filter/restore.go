@@ -179,7 +179,7 @@ func (e *Engine) toLocal(c *conn, flags uint8) packet.Spec {
 // open lets traffic of a re-established connection flow: kept octets first,
 // then the window that was closed.
 func (e *Engine) open(now Time, c *conn, fx *Effects) {
-	c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false
+	c.frozen, c.sealed, c.confirmed, c.localGone, c.inKnown = false, false, false, false, false
 	c.fwd, c.asks = false, 0
 	c.answered()
 	c.opened, c.hsEnd = now, c.ep.SndNxt
