@@ -258,7 +258,7 @@ func (w *World) newLocal(f []string) error {
 		}
 		l.lscale = uint8(v)
 	}
-	l.local = end{iss: seqnum.Value(iss), nxt: seqnum.Value(iss), ts: uint32(ts), win: 400, at: w.now, rcv: l.local.rcv, seen: l.local.seen}
+	l.local = end{iss: seqnum.Value(iss), nxt: seqnum.Value(iss), ts: uint32(ts), win: 400, at: w.now, got: l.local.got, rcv: l.local.rcv, seen: l.local.seen}
 	return nil
 }
 
@@ -356,6 +356,7 @@ func (w *World) arrive(l *link, fromRemote bool) {
 	if other.heard(w.now, &s); s.Seq == other.rcv && s.Flags&packet.SYN == 0 {
 		if s.PayloadLen() > 0 {
 			other.at = w.now
+			other.got = append(other.got, s.Payload()...)
 		}
 		other.rcv = s.End()
 	}

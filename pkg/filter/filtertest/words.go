@@ -206,3 +206,24 @@ func ToIPv6(text string) string {
 		return "[fd00::" + m[1] + "]" + m[2]
 	})
 }
+
+// Taken gives the octets that the two sides of a link have taken from each
+// other, local's over all of its sockets.
+func (w *World) Taken(name string) (local, remote []byte) {
+	if l := w.links[name]; l != nil {
+		return l.local.got, l.remote.got
+	}
+	return nil, nil
+}
+
+// Acknowledged is how many octets of the remote were acknowledged to it.
+func (w *World) Acknowledged(name string) int {
+	l := w.links[name]
+	if l == nil || l.remote.told == 0 {
+		return 0
+	}
+	return int(l.remote.told.Size(l.remote.iss.Add(1)))
+}
+
+// Faults lists what no TCP could take of what the engine did so far.
+func (w *World) Faults() []string { return w.errs }

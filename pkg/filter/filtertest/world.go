@@ -20,6 +20,7 @@ type end struct {
 	rcv      seqnum.Value // next expected of the other side, in this end's view
 	base     seqnum.Value // of a remote: the first number that it saw of local
 	told     seqnum.Value // of a remote: what was acknowledged to it
+	got      []byte       // what it has taken
 	ts       uint32
 	seenAt   filter.Time
 	at       filter.Time // when it took octets last, or began
@@ -320,7 +321,7 @@ func (w *World) localTakes(l *link, s *packet.Segment) {
 	case s.Len() == 0 && min(l.local.rcv.Size(s.Seq), s.Seq.Size(l.local.rcv)) > 1<<20: // far outside its window
 		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
 	case s.Len() > 0 && s.Seq == l.local.rcv:
-		l.local.rcv = s.End()
+		l.local.rcv, l.local.got = s.End(), append(l.local.got, s.Payload()...)
 		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
 	}
 }

@@ -1,0 +1,188 @@
+package filter_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/filter/filtertest"
+)
+
+// stream plays a random life of one connection: octets both ways, snapshots,
+// holds, restores, restarts of the filter, repetitions and holes.
+type stream struct {
+	t      *testing.T
+	w      *filtertest.World
+	r      *rand.Rand
+	script strings.Builder
+	in     int // octets that the remote has sent
+	out    int // that local has
+	iss    uint32
+	id     int
+}
+
+func (s *stream) play(format string, a ...any) {
+	line := fmt.Sprintf(format, a...)
+	s.script.WriteString(line + "\n")
+	if err := s.w.Play(line); err != nil {
+		s.t.Fatalf("%v\n%s", err, s.script.String())
+	}
+	local, remote := s.w.Taken("c1")
+	for i, b := range local {
+		if b != octet(i) {
+			s.t.Fatalf("octet %d to local is %q\n%s", i, b, s.script.String())
+		}
+	}
+	for i, b := range remote {
+		if b != octet(i) {
+			s.t.Fatalf("octet %d to the remote is %q\n%s", i, b, s.script.String())
+		}
+	}
+	if n := s.w.Acknowledged("c1"); n > len(local) {
+		s.t.Fatalf("%d octets acknowledged to the remote, local has taken %d\n%s", n, len(local), s.script.String())
+	}
+	if f := s.w.Faults(); len(f) > 0 {
+		s.t.Fatalf("%s\n%s", f, s.script.String())
+	}
+}
+
+func octet(i int) byte { return 'a' + byte(i%26) }
+
+// say sends n octets from offset at of an end that has sent have so far.
+func (s *stream) say(end string, have, at, n int) {
+	text := make([]byte, n)
+	for i := range text {
+		text[i] = octet(at + i)
+	}
+	s.play("%s c1 ACK ts +%d seq %d data %q", end, s.r.IntN(20), at-have, text)
+}
+
+// remoteSays is something that a remote may send at any time.
+func (s *stream) remoteSays() {
+	local, _ := s.w.Taken("c1")
+	switch s.r.IntN(8) {
+	case 0:
+		s.play("remote c1 ACK seq -1")
+	case 1:
+		s.play("remote c1 ACK ts +%d", s.r.IntN(1000))
+	case 2, 3: // new octets
+		n := 1 + s.r.IntN(40)
+		s.say("remote", s.in, s.in, n)
+		s.in += n
+	case 4: // from the first that is missing, as after a time-out
+		s.again(len(local))
+	case 5: // an old duplicate
+		if at := s.r.IntN(s.in + 1); at < s.in {
+			s.say("remote", s.in, at, 1+s.r.IntN(s.in-at))
+		}
+	case 6: // of what comes next, its head is lost
+		s.say("remote", s.in, s.in+1+s.r.IntN(20), 1+s.r.IntN(20))
+	case 7:
+		s.play("remote c1 RST seq 7")
+	}
+}
+
+// again sends everything from offset at on once more.
+func (s *stream) again(at int) {
+	if at < s.in {
+		s.say("remote", s.in, at, s.in-at)
+	}
+}
+
+// settle lets everything that was sent arrive and be acknowledged.
+func (s *stream) settle() {
+	local, _ := s.w.Taken("c1")
+	s.again(len(local))
+	s.play("local c1 ACK")
+	s.play("remote c1 ACK")
+}
+
+func (s *stream) run(cycles int) {
+	s.play("app redis 10.0.0.100 6379")
+	s.play("link c1 10.0.0.2:40000 %s lscale %d", []string{"", "plain", "ecn"}[s.r.IntN(3)], s.r.IntN(8))
+	s.play("open c1")
+	for range cycles {
+		for range s.r.IntN(6) {
+			s.remoteSays()
+			s.localSays()
+		}
+		s.settle()
+		s.play("request SNAPSHOTSTART")
+		for range s.r.IntN(4) {
+			s.remoteSays()
+			s.localSays()
+		}
+		s.play("request SNAPSHOTFREEZE")
+		for range s.r.IntN(6) {
+			s.remoteSays()
+			if s.r.IntN(3) == 0 {
+				s.localSays()
+			}
+			s.play("advance %dms", s.r.IntN(40))
+		}
+		s.play("local c1 ACK")
+		s.play("remote c1 ACK")
+		s.play("advance 120ms")
+		if s.r.IntN(4) == 0 {
+			s.play("request SNAPSHOTABORT")
+			continue
+		}
+		s.hold()
+	}
+	s.settle()
+	local, remote := s.w.Taken("c1")
+	if len(local) != s.in || len(remote) != s.out {
+		s.t.Fatalf("local took %d of %d octets, the remote %d of %d\n%s", len(local), s.in, len(remote), s.out, s.script.String())
+	}
+}
+
+// hold goes from the seal to RESTORED.
+func (s *stream) hold() {
+	s.id++
+	s.play("request SEAL")
+	s.remoteSays()
+	s.play("request SNAPSHOTDONE s%d --force", s.id)
+	for {
+		for range s.r.IntN(8) {
+			s.remoteSays()
+			if s.r.IntN(10) == 0 {
+				s.play("restart")
+			}
+		}
+		s.iss += s.r.Uint32() >> 1
+		s.play("newlocal c1 %d %d lscale %d", s.iss, s.r.Uint32()>>1, s.r.IntN(8))
+		s.play("request RESTORESTART s%d", s.id)
+		s.remoteSays()
+		s.play("request RESTORECONN c1")
+		for range s.r.IntN(3) {
+			s.remoteSays()
+		}
+		s.play("advance 20ms")
+		if s.r.IntN(4) > 0 {
+			break
+		}
+		s.play("request RESTOREABORT")
+	}
+	s.play("request RESTORED")
+}
+
+func (s *stream) localSays() {
+	if s.r.IntN(2) == 0 {
+		s.play("local c1 ACK")
+		return
+	}
+	n := 1 + s.r.IntN(40)
+	s.say("local", s.out, s.out, n)
+	s.out += n
+}
+
+// TestStreams: whatever happens, each side takes the octets of the other once
+// and in order, nothing is acknowledged that local has not taken, and no octet
+// is lost.
+func TestStreams(t *testing.T) {
+	for seed := range uint64(300) {
+		s := &stream{t: t, w: filtertest.New(), r: rand.New(rand.NewPCG(seed, 1))}
+		s.run(4)
+	}
+}
