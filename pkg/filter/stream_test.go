@@ -61,7 +61,7 @@ func (s *stream) say(end string, have, at, n int) {
 // remoteSays is something that a remote may send at any time.
 func (s *stream) remoteSays() {
 	local, _ := s.w.Taken("c1")
-	switch s.r.IntN(8) {
+	switch s.r.IntN(10) {
 	case 0:
 		s.play("remote c1 ACK seq -1")
 	case 1:
@@ -80,6 +80,10 @@ func (s *stream) remoteSays() {
 		s.say("remote", s.in, s.in+1+s.r.IntN(20), 1+s.r.IntN(20))
 	case 7:
 		s.play("remote c1 RST seq 7")
+	default: // an outsider, far from everything
+		flags := []string{"RST", "RST+ACK", "SYN", "FIN+ACK", "ACK", "SYN+ACK", "NONE"}[s.r.IntN(7)]
+		far := 100000 + s.r.IntN(1<<31)
+		s.play("remote c1 %s seq %d ack %d data \"evil\"", flags, far-s.r.IntN(2)<<31, s.r.IntN(1<<31)-s.r.IntN(1<<31))
 	}
 }
 
@@ -120,6 +124,9 @@ func (s *stream) run(cycles int) {
 				s.localSays()
 			}
 			s.play("advance %dms", s.r.IntN(40))
+			if s.r.IntN(12) == 0 {
+				s.play("restart")
+			}
 		}
 		s.play("local c1 ACK")
 		s.play("remote c1 ACK")
@@ -165,6 +172,10 @@ func (s *stream) hold() {
 		s.play("request RESTOREABORT")
 	}
 	s.play("request RESTORED")
+	if s.r.IntN(4) == 0 {
+		s.play("advance 30ms")
+		s.play("restart")
+	}
 }
 
 func (s *stream) localSays() {
