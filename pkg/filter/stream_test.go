@@ -17,9 +17,11 @@ type stream struct {
 	r      *rand.Rand
 	script strings.Builder
 	in     int // octets that the remote has sent
+	fin    int // 1: and its FIN
 	out    int // that local has
 	iss    uint32
 	id     int
+	life   int // how soon the remote closes
 }
 
 func (s *stream) play(format string, a ...any) {
@@ -39,7 +41,7 @@ func (s *stream) play(format string, a ...any) {
 			s.t.Fatalf("octet %d to the remote is %q\n%s", i, b, s.script.String())
 		}
 	}
-	if n := s.w.Acknowledged("c1"); n > len(local) {
+	if n := s.w.Acknowledged("c1"); n > len(local)+s.fin {
 		s.t.Fatalf("%d octets acknowledged to the remote, local has taken %d\n%s", n, len(local), s.script.String())
 	}
 	if f := s.w.Faults(); len(f) > 0 {
@@ -61,12 +63,21 @@ func (s *stream) say(end string, have, at, n int) {
 // remoteSays is something that a remote may send at any time.
 func (s *stream) remoteSays() {
 	local, _ := s.w.Taken("c1")
+	if s.fin == 0 && s.r.IntN(s.life) == 0 {
+		s.play("remote c1 FIN+ACK")
+		s.fin = 1
+		return
+	}
 	switch s.r.IntN(10) {
 	case 0:
 		s.play("remote c1 ACK seq -1")
 	case 1:
 		s.play("remote c1 ACK ts +%d", s.r.IntN(1000))
 	case 2, 3: // new octets
+		if s.fin == 1 {
+			s.again(len(local))
+			return
+		}
 		n := 1 + s.r.IntN(40)
 		s.say("remote", s.in, s.in, n)
 		s.in += n
@@ -74,9 +85,12 @@ func (s *stream) remoteSays() {
 		s.again(len(local))
 	case 5: // an old duplicate
 		if at := s.r.IntN(s.in + 1); at < s.in {
-			s.say("remote", s.in, at, 1+s.r.IntN(s.in-at))
+			s.say("remote", s.in+s.fin, at, 1+s.r.IntN(s.in-at))
 		}
 	case 6: // of what comes next, its head is lost
+		if s.fin == 1 {
+			return
+		}
 		s.say("remote", s.in, s.in+1+s.r.IntN(20), 1+s.r.IntN(20))
 	case 7:
 		s.play("remote c1 RST seq 7")
@@ -89,7 +103,14 @@ func (s *stream) remoteSays() {
 
 // again sends everything from offset at on once more.
 func (s *stream) again(at int) {
-	if at < s.in {
+	switch {
+	case s.fin == 1:
+		text := make([]byte, s.in-at)
+		for i := range text {
+			text[i] = octet(at + i)
+		}
+		s.play("remote c1 FIN+ACK seq %d data %q", at-s.in-1, text)
+	case at < s.in:
 		s.say("remote", s.in, at, s.in-at)
 	}
 }
@@ -103,6 +124,7 @@ func (s *stream) settle() {
 }
 
 func (s *stream) run(cycles int) {
+	s.life = 1 + s.r.IntN(100)
 	s.play("app redis 10.0.0.100 6379")
 	s.play("link c1 10.0.0.2:40000 %s lscale %d", []string{"", "plain", "ecn"}[s.r.IntN(3)], s.r.IntN(8))
 	s.play("open c1")
@@ -141,6 +163,20 @@ func (s *stream) run(cycles int) {
 	local, remote := s.w.Taken("c1")
 	if len(local) != s.in || len(remote) != s.out {
 		s.t.Fatalf("local took %d of %d octets, the remote %d of %d\n%s", len(local), s.in, len(remote), s.out, s.script.String())
+	}
+	s.play("local c1 FIN+ACK")
+	if s.fin == 0 {
+		s.play("remote c1 FIN+ACK")
+		s.fin = 1
+	}
+	s.play("local c1 ACK")
+	s.play("remote c1 ACK")
+	if n := s.w.Acknowledged("c1"); n != s.in+1 {
+		s.t.Fatalf("%d of %d octets acknowledged to the remote\n%s", n, s.in+1, s.script.String())
+	}
+	s.play("advance 200s")
+	if n := s.w.Engine.Limits()[0].Used; n != 0 {
+		s.t.Fatalf("%d connections are left\n%s", n, s.script.String())
 	}
 }
 

@@ -232,7 +232,7 @@ func (w *World) open(l *link) {
 	l.local.seenAt, l.remote.seenAt = w.now, w.now
 	w.deliver(filter.HookPostrouting, w.segment(l, false, packet.SYN|packet.ACK, 0, 0, nil, nil))
 	l.local.nxt = l.local.nxt.Add(1)
-	l.remote.rcv, l.remote.base, l.remote.told, l.remote.seen = l.local.nxt, l.local.iss, 0, l.local.ts
+	l.remote.rcv, l.remote.base, l.remote.told, l.remote.seen = l.local.nxt, l.local.iss, l.remote.iss.Add(1), l.local.ts
 }
 
 func (w *World) newLocal(f []string) error {
@@ -350,7 +350,7 @@ func (w *World) arrive(l *link, fromRemote bool) {
 	if !fromRemote {
 		other = &l.remote
 	}
-	if !fromRemote && s.Has(packet.ACK) && (l.remote.told == 0 || l.remote.told.Less(s.Ack)) {
+	if !fromRemote && s.Has(packet.ACK) && l.remote.told.Less(s.Ack) {
 		l.remote.told = s.Ack
 	}
 	if other.heard(w.now, &s); s.Seq == other.rcv && s.Flags&packet.SYN == 0 {

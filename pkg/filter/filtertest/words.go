@@ -219,7 +219,7 @@ func (w *World) Taken(name string) (local, remote []byte) {
 // Acknowledged is how many octets of the remote were acknowledged to it.
 func (w *World) Acknowledged(name string) int {
 	l := w.links[name]
-	if l == nil || l.remote.told == 0 {
+	if l == nil || l.remote.base == 0 {
 		return 0
 	}
 	return int(l.remote.told.Size(l.remote.iss.Add(1)))

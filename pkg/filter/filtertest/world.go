@@ -275,7 +275,7 @@ func (w *World) consistent(e *end, s *packet.Segment) {
 	if s.Opt.HasTS && seqnum.NewerTS(e.seen, s.Opt.TSVal) && w.now-e.seenAt < 24*24*3600e9 {
 		w.fail(fmt.Sprintf("TSval %d, the remote has seen %d", s.Opt.TSVal, e.seen))
 	}
-	if e.told != 0 && s.Ack.Less(e.told) {
+	if s.Ack.Less(e.told) {
 		w.fail(fmt.Sprintf("the acknowledgement goes back by %d", e.told.Size(s.Ack)))
 	}
 	e.told = s.Ack
@@ -316,7 +316,7 @@ func (w *World) localTakes(l *link, s *packet.Segment) {
 		l.local.nxt = l.local.iss.Add(1)
 		w.deliver(w.before, append([]byte(nil), b...))
 		if w.deliver(filter.HookPostrouting, b); w.passed != nil { // it is a new connection
-			l.remote.rcv, l.remote.base, l.remote.told, l.remote.seen = l.local.nxt, l.local.iss, 0, l.local.ts
+			l.remote.rcv, l.remote.base, l.remote.told, l.remote.seen = l.local.nxt, l.local.iss, l.remote.iss.Add(1), l.local.ts
 		}
 	case s.Len() == 0 && min(l.local.rcv.Size(s.Seq), s.Seq.Size(l.local.rcv)) > 1<<20: // far outside its window
 		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
