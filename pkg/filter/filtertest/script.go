@@ -27,6 +27,7 @@ import (
 //	local  NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L..R] [data TEXT]
 //	                                         ecr: its TSecr, as it is in the segment; urg: urgent
 //	                                         pointer; sack: a block of what has come behind ack
+//	lost remote|local ...                    the same, lost between the filter and the other end
 //	icmp NAME MTU                            a router on the way to the remote says that local's
 //	                                         last segment was too big
 //	newlocal NAME ISS TS [lscale N | without ts|sack|scale]
@@ -97,6 +98,11 @@ func (w *World) line(line string) error {
 		return w.segmentLine(f[0] == "remote", line)
 	case "newlocal":
 		return w.newLocal(f[1:])
+	case "lost":
+		w.lose = true
+		err := w.line(strings.TrimPrefix(line, "lost "))
+		w.lose = false
+		return err
 	case "icmp":
 		return w.tooBig(w.links[arg(1)], arg(2))
 	case "silent":
@@ -339,11 +345,8 @@ func (w *World) segmentLine(fromRemote bool, line string) error {
 
 // arrive lets the other end take what the engine let through.
 func (w *World) arrive(l *link, fromRemote bool) {
-	if w.passed == nil {
-		return
-	}
 	var s packet.Segment
-	if s.Parse(w.passed) != packet.OK {
+	if w.passed == nil || w.lose || s.Parse(w.passed) != packet.OK {
 		return
 	}
 	other := &l.local

@@ -59,6 +59,7 @@ type World struct {
 	away   bool  // local's segments come from the hook before routing
 	before uint8 // that hook
 	replay uint64
+	lose   bool // the segment of this line is lost
 	silent bool // the local stack does not answer by itself
 	errs   []string
 	store  Store                   // what was recorded
