@@ -37,6 +37,7 @@ type Node struct {
 	journal   *journal.Journal
 	unsaved   []journal.Entry
 	unsavedAt filter.Time // when the first of them came
+	owed      bool        // they should be on the disk already
 
 	instance string // another one for each start
 
@@ -289,6 +290,9 @@ func (n *Node) act(sends int) {
 	}
 	clear(fx.Records)
 	fx.Records = fx.Records[:0]
+	if err := n.payOwed(); err != nil {
+		n.failed = errors.Join(n.failed, err)
+	}
 	if len(fx.Untrack) > 0 && tracking() {
 		n.flows = n.flows[:0]
 		for _, f := range fx.Untrack {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/fxamacker/cbor/v2"
@@ -74,13 +75,44 @@ func (n *Node) save() error {
 		return nil
 	}
 	err := n.journal.Apply(n.unsaved)
-	if err != nil { // tried again with the next record
-		n.unsavedAt = now()
+	if err != nil { // tried again with the next record, and before a request is answered
+		n.unsaved, n.owed, n.unsavedAt = newest(n.unsaved), true, now()
 		return fmt.Errorf("the journal cannot be written, a filter that starts anew would not know of this: %w", err)
 	}
 	clear(n.unsaved)
-	n.unsaved, n.unsavedAt = n.unsaved[:0], 0
+	n.unsaved, n.owed, n.unsavedAt = n.unsaved[:0], false, 0
 	return nil
+}
+
+// newest leaves the last entry of each key: a disk that stays full must not
+// have what waits grow with every change. Values get memory of their own, so
+// that they do not hold that of all others.
+func newest(entries []journal.Entry) []journal.Entry {
+	type name struct {
+		table journal.Table
+		key   string
+	}
+	seen := make(map[name]bool, len(entries))
+	out := len(entries)
+	for i := len(entries) - 1; i >= 0; i-- {
+		e := entries[i]
+		if k := (name{e.Table, string(e.Key)}); !seen[k] {
+			seen[k] = true
+			out--
+			e.Value = bytes.Clone(e.Value)
+			entries[out] = e
+		}
+	}
+	return slices.Delete(entries, 0, out)
+}
+
+// payOwed writes, before a request is answered, what could not be written when
+// it was due: a repeated request has no records of its own.
+func (n *Node) payOwed() error {
+	if !n.owed || !slices.ContainsFunc(n.fx.Replies, func(r filter.Reply) bool { _, ok := r.Body.(*filter.Result); return ok }) {
+		return nil
+	}
+	return n.save()
 }
 
 // connKey is the key of a connection: its two addresses.

@@ -136,6 +136,44 @@ func TestJournalFails(t *testing.T) {
 	}
 }
 
+// While a disk is full, the newest record of each key waits and no other; and
+// a request that is repeated is answered with the error, not as if it were done.
+func TestDiskFull(t *testing.T) {
+	dir := t.TempDir()
+	n, _ := opened(t, dir)
+	n.unsaved = nil
+	_ = n.journal.Close()
+	id := filter.ConnID{Local: netip.MustParseAddrPort("10.0.0.1:80"), Remote: netip.MustParseAddrPort("10.0.0.2:1000")}
+	for i := range 100 {
+		err := n.record([]filter.Record{{App: &filter.AppRecord{Name: "a", BytesIn: uint64(i)}}, {Conn: &filter.ConnRecord{App: "a"}, ID: id}, {ID: id}})
+		if err == nil {
+			t.Fatal("written to a closed journal")
+		}
+	}
+	if len(n.unsaved) != 2 {
+		t.Fatalf("%d records wait, want one of each key", len(n.unsaved))
+	}
+	n.fx.Replies = []filter.Reply{{ID: 1, Body: &filter.StatusList{}}}
+	if err := n.payOwed(); err != nil {
+		t.Errorf("a question waits for the disk: %v", err)
+	}
+	n.fx.Replies = append(n.fx.Replies, filter.Reply{ID: 2, Body: &filter.Result{App: "a"}})
+	if err := n.payOwed(); err == nil {
+		t.Error("a repeated request was done, with nothing on the disk")
+	}
+	waiting := n.unsaved
+	n, _ = opened(t, dir)
+	n.unsaved, n.owed = waiting, true
+	n.fx.Replies = []filter.Reply{{ID: 3, Body: &filter.Result{App: "a"}}}
+	if err := n.payOwed(); err != nil || n.owed || len(n.unsaved) != 0 {
+		t.Fatalf("owed %v, %d records, %v", n.owed, len(n.unsaved), err)
+	}
+	_ = n.journal.Close()
+	if _, l := opened(t, dir); len(l.apps) != 1 || l.apps[0].BytesIn != 99 || len(l.conns) != 0 {
+		t.Errorf("taken up: %+v", l)
+	}
+}
+
 func TestReboot(t *testing.T) {
 	dir := t.TempDir()
 	n, _ := opened(t, dir)
