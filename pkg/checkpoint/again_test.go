@@ -336,3 +336,25 @@ func TestElsewhere(t *testing.T) {
 		}
 	})
 }
+
+// A seal that the filter refuses to the next agent: the snapshot is given up
+// where the application still is, and forced where it is not.
+func TestResumeSealRefused(t *testing.T) {
+	for _, gone := range []bool{false, true} {
+		w, a := newWorld(t, 2)
+		w.state, w.frozen, w.running = control.StateSnapshotFreeze, !gone, !gone
+		if err := a.intents.save(intent{App: "redis", Op: opSnapshot, Sealed: true, SnapshotID: "20261122T153000Z-1a2b3c"}); err != nil {
+			t.Fatal(err)
+		}
+		w.fail["SEAL"] = connect.NewError(connect.CodeFailedPrecondition, errTest)
+		a.recover(t.Context())
+		a.wg.Wait()
+		want := control.StateRestored
+		if gone {
+			want = control.StateSnapshotDone
+		}
+		if w.state != want || w.frozen {
+			t.Errorf("gone %v: state %s, frozen %v: %s", gone, w.state, w.frozen, w.trace())
+		}
+	}
+}

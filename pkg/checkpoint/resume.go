@@ -137,27 +137,37 @@ func (a *agent) resume(op *operation, app *config.App, in *intent) (did string, 
 // brings it to its end.
 func (a *agent) resumeSnapshot(op *operation, app *config.App, in *intent, st *pb.AppStatus, proc process) (string, func() error, error) {
 	if !in.Sealed && proc != nil {
-		op.enter("undo")
-		ctx, cancel := op.cleanup()
-		defer cancel()
-		// First the filter: after the seal what the application says is lost.
-		_, err := a.filter.SnapshotAbort(ctx, connect.NewRequest(&pb.AppRequest{App: app.Name}))
+		refused, err := a.takeBack(op, app)
 		if err == nil {
 			return "its snapshot was given up and the application runs on", nil, proc.thaw()
 		}
-		if connect.CodeOf(err) != connect.CodeFailedPrecondition {
-			return "", nil, filterError(err, app.Name, control.RequestSnapshotAbort)
+		if !refused {
+			return "", nil, err
 		}
 	}
 	if st.State == control.StateSnapshotStart { // its process ended by itself
-		op.enter("undo")
-		ctx, cancel := op.cleanup()
-		defer cancel()
-		_, err := a.filter.SnapshotAbort(ctx, connect.NewRequest(&pb.AppRequest{App: app.Name}))
-		return "its snapshot was given up; the application does not run", nil, filterError(err, app.Name, control.RequestSnapshotAbort)
+		_, err := a.takeBack(op, app)
+		return "its snapshot was given up; the application does not run", nil, err
 	}
 	id, err := a.goForward(op, app, in, proc)
+	if _, _, sealed := op.state(); err != nil && in.Sealed && proc != nil && !sealed { // that agent did not come to it
+		if _, uerr := a.takeBack(op, app); uerr != nil {
+			return "", nil, errors.Join(err, uerr)
+		}
+		return "its snapshot was given up and the application runs on: " + err.Error(), nil, proc.thaw()
+	}
 	return "its snapshot was brought to its end, the connections are held as " + id, nil, err
+}
+
+// takeBack has the filter give a snapshot up; refused tells that it is too late
+// for that. The filter comes before the process: after the seal what the
+// application says is lost.
+func (a *agent) takeBack(op *operation, app *config.App) (refused bool, err error) {
+	op.enter("undo")
+	ctx, cancel := op.cleanup()
+	defer cancel()
+	_, err = a.filter.SnapshotAbort(ctx, connect.NewRequest(&pb.AppRequest{App: app.Name}))
+	return connect.CodeOf(err) == connect.CodeFailedPrecondition, filterError(err, app.Name, control.RequestSnapshotAbort)
 }
 
 // goForward completes a snapshot from the seal on; every step may be repeated.
@@ -174,7 +184,10 @@ func (a *agent) goForward(op *operation, app *config.App, in *intent, proc proce
 		return "", err
 	}
 	if err := r.seal(); err != nil {
-		return "", err
+		if proc != nil || connect.CodeOf(err) != connect.CodeFailedPrecondition {
+			return "", err
+		}
+		r.force = true // nobody is left who could account for what is missing
 	}
 	reply, err := r.complete()
 	if err != nil {
