@@ -47,7 +47,7 @@ type conn struct {
 
 	finIn, finOut       bool // FIN passed to local, to the remote
 	finInEnd, finOutEnd seqnum.Value
-	closeWait           bool // sock_diag showed CLOSE_WAIT
+	closeWait           bool // sock_diag showed CLOSE_WAIT, of the socket of now
 	finAt               Time // when a remote's FIN was seen without its number being known
 	finOutAt            Time // when a FIN of local went to the remote
 	remoteFirst, closed bool // the remote closed first; both closes were acknowledged
@@ -104,6 +104,7 @@ type conn struct {
 
 	marked, saved bool // to be recorded at the end of the step; recorded
 	reloaded      bool // taken up from an earlier filter, and not opened since
+	shut          bool // the remote was told of a closed window until it was opened
 
 	oldClock   bool // the remote has not spoken since the clock that local was told is outdated
 	translated bool
@@ -269,10 +270,23 @@ func (c *conn) tookFin() bool {
 	return c.finIn && c.learned && (c.closeWait || c.finInEnd == c.ep.RcvNxt)
 }
 
+// owesFin tells whether the remote's FIN was acknowledged to it and is still to
+// be taken by local.
+func (c *conn) owesFin() bool { return c.finOwed || c.finIn && c.redoAt != 0 }
+
+// acknowledges gives what ack, which local says when its numbers were not known,
+// means to the remote: a FIN that it was told to be taken is not taken back.
+func (c *conn) acknowledges(ack seqnum.Value) seqnum.Value {
+	if c.owesFin() && ack.Add(1) == c.finInEnd {
+		return c.finInEnd
+	}
+	return ack
+}
+
 // settleFin makes finIn what local's confirmed numbers say: a FIN that was only
 // seen came ahead of octets that were lost, or from an outsider.
 func (c *conn) settleFin() {
-	if !c.finIn || c.tookFin() {
+	if !c.finIn || c.tookFin() || c.owesFin() {
 		return
 	}
 	c.finIn = false
@@ -305,21 +319,25 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 	if exact && c.handshake && !c.translated && (end != c.iss.Add(1) || s.Ack != c.irs.Add(1)) {
 		c.ackSeen = true // an unfinished handshake has neither taken nor sent octets
 	}
-	if !c.learned {
+	fresh := !c.learned
+	if fresh {
 		if !exact {
 			c.finish(now, s)
 			return
 		}
-		c.ep.SndNxt, c.ep.RcvNxt = end, s.Ack
+		c.ep.SndNxt, c.ep.RcvNxt = end, c.acknowledges(s.Ack)
 		c.firstUna(s.Seq)
 		if s.Opt.HasTS {
-			if c.ep.TSAt == 0 {
+			if c.ep.TSAt == 0 || c.reloaded && seqnum.NewerTS(s.Opt.TSEcr, c.ep.TSRec) {
 				c.ep.TSRec, c.ep.TSAt = s.Opt.TSEcr, now
 			}
 			c.ep.TSVal, c.spokeAt = s.Opt.TSVal, now
 		}
 		c.learned = true
 		c.bytesOut += uint64(n)
+		if c.translated {
+			c.settleFin()
+		}
 	} else {
 		if c.ep.SndNxt.Less(end) {
 			c.bytesOut += uint64(end.Size(c.ep.SndNxt))
@@ -336,11 +354,8 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 	if n > 0 {
 		c.lastOut, c.last = now, localSpoke
 	}
-	if s.Ack == c.ep.RcvNxt && !s.Has(packet.RST) {
-		c.ep.Window = s.Window
-		if right := s.Ack.Add(uint32(s.Window) << c.ep.Opt.LocalScale); c.ep.Edge.Less(right) || !c.ep.Edge.InRange(s.Ack, s.Ack.Add(1<<30)) {
-			c.ep.Edge = right
-		}
+	if (s.Ack == c.ep.RcvNxt || fresh) && !s.Has(packet.RST) {
+		c.ep.Announced(s.Ack, s.Window, fresh)
 	}
 	c.finish(now, s)
 }

@@ -103,6 +103,7 @@ type app struct {
 
 	behind      bool // it is in a network namespace behind the node
 	sealed      bool
+	restarted   bool // the filter was, in the freeze, and nothing is sealed yet
 	passCloses  bool // until the seal
 	abortOnData bool
 	quiet       Time

@@ -39,6 +39,7 @@ func (e *Engine) freezeQuiet(now Time, c *conn) {
 func (c *conn) freeze() {
 	c.frozen, c.confirmed = true, false
 	c.askFrom, c.askAt = c.asks, 0
+	c.app.engine.mark(c) // a filter that starts anew lets nothing through to it either
 }
 
 // held handles a remote's segment while the filter speaks for the application
@@ -91,6 +92,10 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 	s := &e.seg
 	v := c.ep.Receive(now, s)
+	if c.hole && c.ep.SndUna == c.ep.SndNxt { // the remote has everything after all
+		c.hole = false
+		e.mark(c)
+	}
 	guess := s.Has(packet.RST) || s.End().Less(c.ep.RcvNxt.Add(^uint32(0))) // an old duplicate, or anybody's
 	if !guess && (v == tcpemu.Ignore || v == tcpemu.Answer || v == tcpemu.Payload || v == tcpemu.Finish) {
 		c.echoed(s)
@@ -250,9 +255,9 @@ func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 		sp := c.ep.Rst()
 		fx.send(&sp, false)
 		e.remove(c, fx)
-	case s.Has(packet.FIN) && (v == tcpemu.Finish || v == tcpemu.Payload || v == tcpemu.Answer):
-		if s.Seq.LessEq(c.ep.RcvNxt) {
-			c.ep.RcvNxt = c.ep.RcvNxt.Max(s.End())
+	case s.Has(packet.FIN) && c.ep.RcvNxt.LessEq(s.End()) && (v == tcpemu.Finish || v == tcpemu.Payload || v == tcpemu.Answer) && c.token(now, s):
+		if news := c.ep.RcvNxt.Less(s.End()) || !c.finIn; news && s.Seq.LessEq(c.ep.RcvNxt) {
+			c.ep.RcvNxt = s.End()
 			c.finIn = true
 			c.closing(now)
 			e.mark(c)

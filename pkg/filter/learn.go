@@ -76,9 +76,12 @@ func (e *Engine) listed(now Time, a *app, s *Socket, fx *Effects) {
 	}
 	// The socket knows whether a FIN was taken; one that was only seen may have
 	// been an outsider's.
+	if c.closeWait != s.CloseWait && c.translated {
+		e.mark(c)
+	}
 	c.closeWait = s.CloseWait
 	c.finOwed = c.finOwed && !s.CloseWait
-	c.finIn, c.finOut, c.closed = s.CloseWait || c.finOwed || c.finIn && c.finAt != 0 && now-c.finAt < listAge, false, false
+	c.finIn, c.finOut, c.closed = s.CloseWait || c.owesFin() || c.finIn && c.finAt != 0 && now-c.finAt < listAge, false, false
 	switch {
 	case c.finIn && c.state == appstate.Connect:
 		c.set(appstate.Closing)
@@ -143,6 +146,8 @@ func (e *Engine) duePending(now Time, fx *Effects) {
 		switch b := p.body.(type) {
 		case *SnapshotStart:
 			return e.learnedAll(now, p, b, fx)
+		case *Seal:
+			return e.sealedAgain(now, p, fx)
 		case *Restored:
 			if now < p.deadline {
 				return false
@@ -218,7 +223,12 @@ func (e *Engine) ask(now Time, c *conn, fx *Effects) {
 		return
 	}
 	c.askAt = now + 10*again // local answers two empty ones a second
-	sp.Seq = seqnum.Value(e.rand())
+	e.askBlind(c, fx)
+}
+
+// askBlind makes local say its numbers where nothing of them is known.
+func (e *Engine) askBlind(c *conn, fx *Effects) {
+	sp := packet.Spec{Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.ACK, Seq: seqnum.Value(e.rand())}
 	fx.send(&sp, false)
 	sp.Seq = sp.Seq.Add(1 << 31)
 	fx.send(&sp, false)
@@ -262,7 +272,7 @@ func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 	fresh := !c.learned
 	if fresh {
 		c.learned = true
-		ep.SndNxt, ep.RcvNxt = seq, ack
+		ep.SndNxt, ep.RcvNxt = seq, c.acknowledges(ack)
 		if !c.reloaded || c.app.state == appstate.SnapshotStart {
 			c.firstUna(seq)
 		}
@@ -291,10 +301,7 @@ func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 	if c.translated {
 		w = c.tr.Window(w, ack, &c.edge)
 	}
-	ep.Window = w
-	if right := ack.Add(uint32(w) << ep.Opt.LocalScale); ep.Edge.Less(right) || !ep.Edge.InRange(ack, ack.Add(1<<30)) {
-		ep.Edge = right
-	}
+	ep.Announced(ack, w, fresh)
 }
 
 // firstUna sets SND.UNA when local's numbers become known: what was

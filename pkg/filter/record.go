@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
-	"slices"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
 	"github.com/nfconnfilter/nfconnfilter/pkg/rewrite"
@@ -85,6 +84,9 @@ type ConnRecord struct {
 	HsIRS      seqnum.Value        `cbor:"39,keyasint,omitempty"`
 	Translated bool                `cbor:"40,keyasint,omitempty"`
 	Tr         rewrite.Translation `cbor:"41,keyasint,omitempty"`
+
+	CloseWait bool `cbor:"42,keyasint,omitempty"`
+	Shut      bool `cbor:"43,keyasint,omitempty"` // its window was closed when it was re-established
 }
 
 // Record is one thing to be kept: an application, a connection, or, where both
@@ -185,7 +187,7 @@ func (c *conn) record() *ConnRecord {
 		ISS: c.iss, IRS: c.irs, Refused: c.refused, Created: c.created,
 		BytesIn: c.bytesIn, BytesOut: c.bytesOut, Discarded: c.discarded,
 		FinIn: c.finIn, FinOut: c.finOut, RemoteFirst: c.remoteFirst, FinOwed: c.finOwed, Hole: c.hole, FinInEnd: c.finInEnd, FinOutEnd: c.finOutEnd,
-		HsIRS: c.hsIRS, Translated: c.translated, Tr: c.tr,
+		HsIRS: c.hsIRS, Translated: c.translated, Tr: c.tr, CloseWait: c.closeWait, Shut: c.shut,
 	}
 }
 
@@ -195,28 +197,9 @@ func (c *conn) record() *ConnRecord {
 // of that time is left. Effects hold the sets that belong to it. An error
 // names records that contradict each other; then nothing is taken up.
 func (e *Engine) Load(now Time, apps []AppRecord, conns []ConnRecord, flows func(ConnID) bool, rebooted bool, fx *Effects) error {
-	for i := range apps {
-		r := &apps[i]
-		if r.Name == "" || len(r.VIPs) == 0 || e.apps[r.Name] != nil || r.State == appstate.Unknown || r.State > appstate.BlockData {
-			return fmt.Errorf("record of application %q is not valid", r.Name)
-		}
-		for _, v := range r.VIPs {
-			if o := e.byVIP[v]; o != nil {
-				return fmt.Errorf("records of applications %q and %q have the same VIP %v", o.name, r.Name, v)
-			}
-			e.byVIP[v] = nil
-		}
+	if err := checkRecords(apps, conns); err != nil {
+		return err
 	}
-	for i := range conns {
-		r := &conns[i]
-		if !slices.ContainsFunc(apps, func(a AppRecord) bool { return a.Name == r.App }) {
-			return fmt.Errorf("record of connection %v %v belongs to application %q, which has none", r.ID.Local, r.ID.Remote, r.App)
-		}
-		if r.State == appstate.Removed || r.State > appstate.Removed {
-			return fmt.Errorf("record of connection %v %v is not valid", r.ID.Local, r.ID.Remote)
-		}
-	}
-	clear(e.byVIP)
 	for i := range apps {
 		if rebooted && !apps[i].State.Away() {
 			fx.Records = append(fx.Records, Record{Name: apps[i].Name}) // its process is gone and nobody is held
@@ -236,6 +219,44 @@ func (e *Engine) Load(now Time, apps []AppRecord, conns []ConnRecord, flows func
 		e.resume(now, a, rebooted, fx)
 	}
 	e.gather(fx)
+	return nil
+}
+
+// checkRecords names records that contradict each other or themselves.
+func checkRecords(apps []AppRecord, conns []ConnRecord) error {
+	byName, byVIP := make(map[string]*AppRecord, len(apps)), map[netip.Addr]string{}
+	for i := range apps {
+		r := &apps[i]
+		if r.Name == "" || len(r.VIPs) == 0 || byName[r.Name] != nil || r.State == appstate.Unknown || r.State > appstate.BlockData {
+			return fmt.Errorf("record of application %q is not valid", r.Name)
+		}
+		byName[r.Name] = r
+		for _, v := range r.VIPs {
+			if o, there := byVIP[v]; there {
+				return fmt.Errorf("records of applications %q and %q have the same VIP %v", o, r.Name, v)
+			}
+			if !v.IsValid() || v.Is4In6() {
+				return fmt.Errorf("record of application %q: %v is not a VIP", r.Name, v)
+			}
+			byVIP[v] = r.Name
+		}
+	}
+	seen := make(map[ConnID]bool, len(conns))
+	for i := range conns {
+		r := &conns[i]
+		l, m := r.ID.Local.Addr(), r.ID.Remote.Addr()
+		a := byName[r.App]
+		switch {
+		case a == nil:
+			return fmt.Errorf("record of connection %v %v belongs to application %q, which has none", r.ID.Local, r.ID.Remote, r.App)
+		case byVIP[l] != r.App || l.Is4() != m.Is4() || m.Is4In6() || !m.IsValid() || seen[r.ID]:
+			return fmt.Errorf("record of connection %v %v is not valid for application %q", r.ID.Local, r.ID.Remote, r.App)
+		case r.State == appstate.ConnNone || r.State >= appstate.Removed || r.Role > appstate.Active ||
+			!a.State.Away() && (r.State == appstate.ConnectRmt || r.State == appstate.Restoring || r.State == appstate.Rst):
+			return fmt.Errorf("record of connection %v %v: its state is not possible", r.ID.Local, r.ID.Remote)
+		}
+		seen[r.ID] = true
+	}
 	return nil
 }
 
@@ -270,7 +291,7 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	c.bytesIn, c.bytesOut, c.discarded = r.BytesIn, r.BytesOut, r.Discarded
 	c.finIn, c.finOut, c.remoteFirst, c.finInEnd, c.finOutEnd = r.FinIn, r.FinOut, r.RemoteFirst, r.FinInEnd, r.FinOutEnd
 	c.finOwed, c.hole = r.FinOwed, r.Hole
-	c.hsIRS, c.tr, c.translated = r.HsIRS, r.Tr, r.Translated
+	c.hsIRS, c.tr, c.translated, c.closeWait, c.shut = r.HsIRS, r.Tr, r.Translated, r.CloseWait, r.Shut
 	c.saved, c.reloaded = true, true
 	if c.translated {
 		a.translated++
@@ -302,7 +323,7 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 			c.learned, c.confirmed, c.rcvKnown = false, false, true
 			c.listed = c.ackSeen
 		}
-		a.froze, a.since = now, now
+		a.froze, a.since, a.restarted = now, now, !a.sealed
 		e.tick(now, a, fx)
 	case appstate.RestoreStart:
 		// Nothing was opened yet, and nothing of it is recorded.
@@ -312,6 +333,10 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 		return
 	case appstate.SnapshotDone:
 		e.requestRestore(now, a, fx)
+	case appstate.Restored:
+		for _, c := range a.conns {
+			e.openAgain(now, c, fx)
+		}
 	}
 	fx.Notes = append(fx.Notes, Note{App: a.name, State: a.state, Text: fmt.Sprintf("taken up with %d connections", len(a.conns))})
 }

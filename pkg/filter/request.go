@@ -275,7 +275,7 @@ func (e *Engine) apply(now Time, r *Request, a *app, fx *Effects) (res any, err 
 	case *SnapshotFreeze:
 		res, err = e.snapshotFreeze(now, b, a, fx)
 	case *Seal:
-		res, err = a.seal()
+		return e.seal(now, r, b, a)
 	case *SnapshotDone:
 		res, err = e.snapshotDone(now, b, a, fx)
 	case *SnapshotAbort:
@@ -292,11 +292,50 @@ func (e *Engine) apply(now Time, r *Request, a *app, fx *Effects) (res any, err 
 	return res, err, false
 }
 
+// seal seals at once; after a restart of the filter it waits until local has told
+// its numbers again: they were accounted for with the filter before, and nobody
+// asks behind the seal.
+func (e *Engine) seal(now Time, r *Request, b *Seal, a *app) (res any, err error, wait bool) {
+	const learnAgain = 3e9
+	if !a.restarted || a.sealed || len(a.unaccounted(now)) == 0 {
+		res, err = a.seal()
+		return res, err, false
+	}
+	e.pending = append(e.pending, &pending{id: r.ID, app: a, body: b, deadline: now + learnAgain})
+	return nil, nil, true
+}
+
+// sealedAgain answers a SEAL that waited.
+func (e *Engine) sealedAgain(now Time, p *pending, fx *Effects) bool {
+	a := p.app
+	reply := Reply{ID: p.id}
+	if lacking := a.unaccounted(now); len(lacking) == 0 {
+		reply.Body, reply.Err = a.seal()
+	} else if now >= p.deadline {
+		reply.Err = &Error{App: a.name, State: a.state, Text: "SEAL refused: the filter was started anew during the snapshot, and connections are not accounted for since", Conns: lacking}
+	} else {
+		return false
+	}
+	fx.Replies = append(fx.Replies, reply)
+	return true
+}
+
+// unaccounted names the connections that lack something before the seal.
+func (a *app) unaccounted(now Time) []string {
+	var out []string
+	for _, c := range a.conns {
+		if why := c.missing(now); why != "" {
+			out = append(out, fmt.Sprintf("%v %v: %s", c.id.Local, c.id.Remote, why))
+		}
+	}
+	return out
+}
+
 func (a *app) seal() (any, error) {
 	if kept := a.keeping(); a.abortOnData && len(kept) > 0 {
 		return nil, &Error{App: a.name, State: a.state, Text: "SEAL refused: data came during the snapshot, which is to be given up for that", Conns: kept}
 	}
-	a.sealed = true
+	a.sealed, a.restarted = true, false
 	a.markAll() // nothing moves any more: these are the numbers
 	return a.result(), nil
 }

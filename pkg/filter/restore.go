@@ -181,6 +181,7 @@ func (e *Engine) toLocal(c *conn, flags uint8) packet.Spec {
 func (e *Engine) open(now Time, c *conn, fx *Effects) {
 	c.frozen, c.sealed, c.confirmed, c.localGone, c.inKnown = false, false, false, false, false
 	c.fwd, c.asks = false, 0
+	c.closeWait, c.shut = false, c.ep.Closed || c.reloaded // an earlier filter may have closed it
 	c.answered()
 	c.opened, c.hsEnd = now, c.ep.SndNxt
 	c.newClock(c.ep.TSRec) // its answer to the probe can have come behind the SYN
@@ -209,7 +210,7 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 		c.redoAt = now + 30e6
 		e.at(c.redoAt)
 	}
-	if c.ep.Closed || c.reloaded { // an earlier filter may have closed it
+	if c.shut {
 		c.ep.Closed, c.reloaded = false, false
 		// Where octets are kept local's acknowledgement of them follows.
 		sp := c.ep.Ack()
@@ -217,6 +218,30 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 		c.ep.Window = sp.Window
 		fx.send(&sp, false)
 	}
+}
+
+// openAgain does what the end of an earlier filter may have cut off when the
+// connection was opened: the remote's FIN is handed to local until it is taken,
+// and local says how wide its window is. Whatever of it was done already does no harm.
+func (e *Engine) openAgain(now Time, c *conn, fx *Effects) {
+	switch {
+	case !c.translated:
+	case c.finIn && !c.closeWait && c.finInEnd == c.ep.RcvNxt:
+		c.keptAt = c.ep.RcvNxt
+		c.handshakeEnd()
+		e.handKept(c, fx)
+		c.retries, c.redoAt = 0, now+30e6
+		e.at(c.redoAt)
+	case c.shut:
+		e.askBlind(c, fx)
+	}
+}
+
+// handshakeEnd takes what is known now for the numbers at which local's
+// handshake ended: what is handed to it acknowledges no more than the remote has.
+func (c *conn) handshakeEnd() {
+	c.hsISN = c.localSeqOut(c.ep.SndUna).Add(^uint32(0))
+	c.hsTS = c.ep.TSVal - c.tr.TSOut
 }
 
 // taken is called when local acknowledged something of a connection that has
@@ -307,6 +332,9 @@ func (e *Engine) redeliver(now Time, c *conn, fx *Effects) {
 		return
 	}
 	c.retries++
+	if c.reloaded && c.learned {
+		c.handshakeEnd()
+	}
 	e.handKept(c, fx)
 	c.redoAt = now + 30e6<<c.retries
 	e.at(c.redoAt)

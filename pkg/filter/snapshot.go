@@ -185,6 +185,8 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 			if c.learned { // before local can acknowledge more than this does
 				sp := c.ep.Ack()
 				fx.send(&sp, false)
+			} else if c.alive() {
+				e.askBlind(c, fx) // what it answers passes
 			}
 		}
 		e.handBack(now, c, fx)
@@ -211,8 +213,7 @@ func (e *Engine) handBack(now Time, c *conn, fx *Effects) {
 		return
 	}
 	c.hsIRS = c.ep.RcvNxt.Add(^uint32(0))
-	c.hsISN = c.localSeqOut(c.ep.SndUna).Add(^uint32(0))
-	c.hsTS = c.ep.TSVal - c.tr.TSOut
+	c.handshakeEnd()
 	e.handKept(c, fx)
 	if !c.translated {
 		e.unkeep(c)

@@ -181,6 +181,16 @@ func (e *Endpoint) NoteWindow(s *packet.Segment) {
 	e.RemoteWnd = max(e.RemoteWnd, w)
 }
 
+// Announced takes the window field that local announces with acknowledgement
+// ack. The edge never moves back; first tells that none is known of now.
+func (e *Endpoint) Announced(ack seqnum.Value, window uint16, first bool) {
+	e.Window = window
+	right := ack.Add(uint32(window) << e.Opt.LocalScale)
+	if first || e.Edge.Less(right) || !e.Edge.InRange(ack, ack.Add(1<<30)) {
+		e.Edge = right
+	}
+}
+
 // Ack describes the acknowledgement with current numbers that a held remote is
 // given (behaviour of a quiet, living peer).
 func (e *Endpoint) Ack() packet.Spec {

@@ -160,3 +160,19 @@ func TestSpecs(t *testing.T) {
 		t.Errorf("refused SYN %+v", r)
 	}
 }
+
+// An edge that was announced before counts as long as it is of this window; what
+// is known from another time, or not at all, does not.
+func TestAnnounced(t *testing.T) {
+	const ack = 0x90000000
+	e := Endpoint{Opt: Options{LocalScale: 7}, Edge: ack + 0x10000000}
+	if e.Announced(ack, 500, true); e.Edge != ack+500<<7 || e.Window != 500 {
+		t.Errorf("edge %#x, window %d", e.Edge, e.Window)
+	}
+	if e.Announced(ack, 100, false); e.Edge != ack+500<<7 || e.Window != 100 {
+		t.Errorf("the edge moved back to %#x", e.Edge)
+	}
+	if e.Announced(ack+0x50000000, 100, false); e.Edge != seqnum.Value(ack+0x50000000).Add(100<<7) {
+		t.Errorf("an old edge counts: %#x", e.Edge)
+	}
+}
