@@ -48,6 +48,7 @@ type Engine struct {
 	byVIP   map[netip.Addr]*app
 	blocked map[netip.Addr]bool // VIPs whose connections were lost while away
 	conns   map[ConnID]*conn
+	flows   map[flowKey]int // translated connections of each entry in the set
 	kept    int // octets of memory for payload
 	syns    int // kept, of all applications
 	rng     uint64
@@ -67,7 +68,7 @@ type Engine struct {
 func New(cfg Config) *Engine {
 	cfg.defaults()
 	return &Engine{
-		cfg: cfg, apps: map[string]*app{}, byVIP: map[netip.Addr]*app{}, blocked: map[netip.Addr]bool{}, conns: map[ConnID]*conn{},
+		cfg: cfg, apps: map[string]*app{}, byVIP: map[netip.Addr]*app{}, blocked: map[netip.Addr]bool{}, conns: map[ConnID]*conn{}, flows: map[flowKey]int{},
 		asked: map[Time]struct{}{}, rng: cfg.Seed,
 	}
 }
@@ -384,14 +385,28 @@ func (e *Engine) remove(c *conn, fx *Effects) {
 	delete(e.conns, c.id)
 }
 
-// flow puts the connection into the set of translated flows or takes it out.
+// flow puts the connection into the set of translated flows or takes it out. The
+// set does not hold local's port: two connections of one remote port to two
+// ports of a VIP share an entry, which goes with the last of them.
 func (e *Engine) flow(c *conn, add bool, fx *Effects) {
+	k := flowKey{c.id.Remote, c.id.Local.Addr()}
 	if c.translated = add; add {
 		c.app.translated++
+		e.flows[k]++
 	} else {
 		c.app.translated--
+		if e.flows[k]--; e.flows[k] > 0 {
+			return
+		}
+		delete(e.flows, k)
 	}
 	fx.Sets = append(fx.Sets, flowChange(c, add))
+}
+
+// flowKey is an entry of the set of translated flows.
+type flowKey struct {
+	remote netip.AddrPort
+	vip    netip.Addr
 }
 
 func flowChange(c *conn, add bool) SetChange {

@@ -295,6 +295,7 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	c.saved, c.reloaded = true, true
 	if c.translated {
 		a.translated++
+		e.flows[flowKey{c.id.Remote, c.id.Local.Addr()}]++
 	}
 	if a.state == appstate.SnapshotFreeze && a.sealed && c.alive() {
 		c.localGone = true // an answer to its last words may have left
