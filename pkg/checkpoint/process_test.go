@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -236,9 +237,16 @@ func TestCommandOfApplication(t *testing.T) {
 		t.Errorf("exit status: %v", err)
 	}
 	pid := filepath.Join(t.TempDir(), "pid")
-	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	if err := l.run(ctx, app, []string{"/bin/sh", "-c", "sleep 1000 & echo $! >" + pid + "; wait"}); !errors.Is(err, context.DeadlineExceeded) {
+	go func() {
+		for n := 0; n == 0 && ctx.Err() == nil; { // until it has its child
+			n, _, _ = readPidFile(pid)
+			runtime.Gosched()
+		}
+		cancel()
+	}()
+	if err := l.run(ctx, app, []string{"/bin/sh", "-c", "sleep 1000 & echo $! >" + pid + "; wait"}); !errors.Is(err, context.Canceled) {
 		t.Errorf("killed: %v", err)
 	}
 	n, _, err := readPidFile(pid)

@@ -49,8 +49,8 @@ type Engine struct {
 	blocked map[netip.Addr]bool // VIPs whose connections were lost while away
 	conns   map[ConnID]*conn
 	flows   map[flowKey]int // translated connections of each entry in the set
-	kept    int // octets of memory for payload
-	syns    int // kept, of all applications
+	kept    int             // octets of memory for payload
+	syns    int             // kept, of all applications
 	rng     uint64
 	timers  timers
 	asked   map[Time]struct{} // deadlines in timers
