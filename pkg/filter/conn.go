@@ -38,6 +38,7 @@ type conn struct {
 	refused   string // why this connection cannot be held, "" when it can
 	created   Time
 
+	stats             connStats
 	bytesIn, bytesOut uint64
 	inEnd             seqnum.Value // behind the last octet that passed to local
 	inKnown           bool         // inEnd is of now

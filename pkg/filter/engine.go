@@ -60,8 +60,9 @@ type Engine struct {
 	marked     []*conn // to be recorded
 	markedApps []*app
 
-	seg  packet.Segment
-	icmp packet.ICMPError
+	seg   packet.Segment
+	icmp  packet.ICMPError
+	sight sight // of the packet that is judged
 }
 
 // New makes an engine with no applications.
@@ -202,6 +203,7 @@ func (e *Engine) Step(now Time, ev Event, fx *Effects) {
 	if ev.Packet != nil {
 		e.packet(now, ev.Packet, fx)
 	}
+	sends := len(fx.Sends)
 	if ev.Request != nil {
 		e.request(now, ev.Request, fx)
 	}
@@ -212,6 +214,7 @@ func (e *Engine) Step(now Time, ev Event, fx *Effects) {
 		}
 		e.due(now, fx)
 	}
+	e.tallySends(fx.Sends[sends:])
 	if len(e.marked) > 0 || len(e.markedApps) > 0 {
 		e.gather(fx)
 	}

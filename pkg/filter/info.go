@@ -19,6 +19,7 @@ type ConnInfo struct {
 	Missing                                 string
 	SndNxt, RcvNxt                          uint32
 	Restorable, RemoteClosed, Reestablished bool
+	ConnStats
 }
 
 // ConnList answers GetConnInfo.
@@ -28,12 +29,12 @@ type ConnList struct {
 	Conns []ConnInfo
 }
 
-func (e *Engine) connInfo(now Time, name string) (any, error) {
-	a := e.apps[name]
+func (e *Engine) connInfo(now Time, b *GetConnInfo) (any, error) {
+	a := e.apps[b.App]
 	if a == nil {
-		return &ConnList{App: name}, nil
+		return &ConnList{App: b.App}, nil
 	}
-	l := &ConnList{App: name, State: a.state, Conns: make([]ConnInfo, 0, len(a.conns))}
+	l := &ConnList{App: b.App, State: a.state, Conns: make([]ConnInfo, 0, len(a.conns))}
 	for _, c := range a.conns {
 		i := ConnInfo{
 			ID: c.id, Role: c.role, State: c.state, BytesIn: c.bytesIn, BytesOut: c.bytesOut,
@@ -41,6 +42,7 @@ func (e *Engine) connInfo(now Time, name string) (any, error) {
 			Learned: c.learned, Kept: uint32(len(c.kept)), Discarded: c.discarded, LocalIdle: -1,
 			SndNxt: uint32(c.ep.SndNxt), RcvNxt: uint32(c.ep.RcvNxt),
 			Restorable: c.restorable(), RemoteClosed: c.finIn, Reestablished: c.hsDone,
+			ConnStats: c.statistics(now, b.Reasons),
 		}
 		if c.learned {
 			i.Unacked = c.ep.SndNxt.Size(c.ep.SndUna)

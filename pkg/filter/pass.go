@@ -11,11 +11,12 @@ import (
 // packet gives one queued packet its verdict.
 func (e *Engine) packet(now Time, p *Packet, fx *Effects) {
 	fx.accept(NoApp)
-	counters := &e.reasons
+	counters, sends := &e.reasons, len(fx.Sends)
 	if a := e.judge(now, p, fx); a != nil {
 		counters = &a.reasons
 	}
 	counters[fx.Reason]++
+	e.tally(now, p.Hook, fx.Sends[sends:], fx)
 }
 
 // judge parses p, finds its application and connection and hands it on. It
@@ -59,6 +60,7 @@ func (e *Engine) judge(now Time, p *Packet, fx *Effects) *app {
 		return a
 	}
 	c := e.conns[id]
+	e.sees(c, inbound, s)
 	if inbound {
 		e.inbound(now, a, c, id, p, fx)
 	} else {

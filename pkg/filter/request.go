@@ -85,8 +85,12 @@ type (
 	}
 	// RestoreAbort holds the connections again.
 	RestoreAbort struct{ App string }
-	// GetConnInfo returns the connection structures.
-	GetConnInfo struct{ App string }
+	// GetConnInfo returns the connection structures, with the reasons of their
+	// verdicts where these are asked for.
+	GetConnInfo struct {
+		App     string
+		Reasons bool
+	}
 	// Status returns one application, or all for "".
 	Status struct{ App string }
 )
@@ -157,7 +161,7 @@ func (e *Engine) request(now Time, r *Request, fx *Effects) {
 	}
 	switch b := r.Body.(type) {
 	case *GetConnInfo:
-		reply(e.connInfo(now, b.App))
+		reply(e.connInfo(now, b))
 		return
 	case *Status:
 		reply(e.status(b.App))
