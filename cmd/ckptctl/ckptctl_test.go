@@ -386,16 +386,18 @@ func TestConns(t *testing.T) {
 	r := newRig(t)
 	r.want(0, "[]\n", "conns", "redis", "-o", "json")
 	r.filter.conns = []*nfconnfilterv1.ConnInfo{
-		{Local: "192.0.2.100:6379", Remote: "198.51.100.7:4000", Role: "passive", State: "CONNECT", BytesIn: 10, BytesOut: 20, Translated: true, WindowClosed: true, Missing: "unread"},
-		{Local: "[2001:db8::1]:6379", Remote: "[2001:db8::2]:4000", Role: "active", State: "CLOSING"},
+		{Local: "192.0.2.100:6379", Remote: "198.51.100.7:4000", Role: "passive", State: "CONNECT", BytesIn: 10, BytesOut: 20, Translated: true, WindowClosed: true, Missing: "unread", RemoteIdleMs: 3100},
+		{Local: "[2001:db8::1]:6379", Remote: "[2001:db8::2]:4000", Role: "active", State: "CLOSING", RemoteIdleMs: -1},
 	}
-	r.want(0, `[{"local":"192.0.2.100:6379","remote":"198.51.100.7:4000","role":"passive","state":"CONNECT","bytes_in":10,"bytes_out":20,"translated":true,"offloaded":false,"window_closed":true},`+
-		`{"local":"[2001:db8::1]:6379","remote":"[2001:db8::2]:4000","role":"active","state":"CLOSING","bytes_in":0,"bytes_out":0,"translated":false,"offloaded":false,"window_closed":false}]`+"\n",
+	r.want(0, `[{"local":"192.0.2.100:6379","remote":"198.51.100.7:4000","role":"passive","state":"CONNECT","bytes_in":10,"bytes_out":20,"translated":true,"offloaded":false,"window_closed":true,`+
+		`"segments_in":0,"segments_out":0,"answered":0,"sent_to_remote":0,"sent_to_local":0,"kept_bytes":0,"kept_segments":0,"idle_seconds":3.1,"reasons":{}},`+
+		`{"local":"[2001:db8::1]:6379","remote":"[2001:db8::2]:4000","role":"active","state":"CLOSING","bytes_in":0,"bytes_out":0,"translated":false,"offloaded":false,"window_closed":false,`+
+		`"segments_in":0,"segments_out":0,"answered":0,"sent_to_remote":0,"sent_to_local":0,"kept_bytes":0,"kept_segments":0,"idle_seconds":-1,"reasons":{}}]`+"\n",
 		"conns", "redis", "-o", "json")
 	r.want(0, ""+
-		"LOCAL               REMOTE              ROLE     STATE    BYTES-IN  BYTES-OUT  FLAGS\n"+
-		"192.0.2.100:6379    198.51.100.7:4000   passive  CONNECT  10        20         translated,window-closed\n"+
-		"[2001:db8::1]:6379  [2001:db8::2]:4000  active   CLOSING  0         0          -\n", "conns", "redis")
+		"LOCAL               REMOTE              ROLE     STATE    BYTES-IN  BYTES-OUT  IDLE  FLAGS\n"+
+		"192.0.2.100:6379    198.51.100.7:4000   passive  CONNECT  10        20         3s    translated,window-closed\n"+
+		"[2001:db8::1]:6379  [2001:db8::2]:4000  active   CLOSING  0         0          -     -\n", "conns", "redis")
 }
 
 func TestWait(t *testing.T) {

@@ -279,7 +279,7 @@ func ioctlGetConnCount(c *cli, ctx context.Context, f *control.FilterClient, app
 }
 
 func ioctlGetConnInfo(c *cli, ctx context.Context, f *control.FilterClient, app string, _ []string, _ *ioctlFlags) error {
-	r, err := f.GetConnInfo(ctx, connect.NewRequest(&nfconnfilterv1.GetConnInfoRequest{App: app}))
+	r, err := f.GetConnInfo(ctx, connect.NewRequest(&nfconnfilterv1.GetConnInfoRequest{App: app, Reasons: c.output == "json"}))
 	if err != nil {
 		return err
 	}

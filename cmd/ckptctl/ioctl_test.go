@@ -68,9 +68,11 @@ func TestIoctlConnInfo(t *testing.T) {
 	r := newRig(t)
 	r.want(0, "[]\n", "ioctl", "GETCONNINFO", "redis", "-o", "json")
 	r.filter.conns = []*nfconnfilterv1.ConnInfo{{Local: "192.0.2.100:6379", Remote: "198.51.100.7:4000", Role: "passive", State: "CONNECTRMT", BytesIn: 1, BytesOut: 2, Offloaded: true,
-		Frozen: true, Sealed: true, Learned: true, UnackedOut: 3, KeptBytes: 4, DeliveredIn: 5, DiscardedOut: 6, LocalIdleMs: 7, Missing: "3 bytes not acknowledged", SndNxt: 4294967295, RcvNxt: 9, Restorable: true, RemoteClosed: true}}
+		Frozen: true, Sealed: true, Learned: true, UnackedOut: 3, KeptBytes: 4, DeliveredIn: 5, DiscardedOut: 6, LocalIdleMs: 7, Missing: "3 bytes not acknowledged", SndNxt: 4294967295, RcvNxt: 9, Restorable: true, RemoteClosed: true,
+		SegmentsIn: 10, SegmentsOut: 11, Answered: 12, SentToRemote: 13, SentToLocal: 14, KeptSegments: 15, RemoteIdleMs: 1600, Reasons: map[string]uint64{"held-answered": 17}}}
 	r.want(0, `[{"local":"192.0.2.100:6379","remote":"198.51.100.7:4000","role":"passive","state":"CONNECTRMT","bytes_in":1,"bytes_out":2,"translated":false,"offloaded":true,"window_closed":false,`+
-		`"frozen":true,"sealed":true,"learned":true,"unacked_out":3,"kept_bytes":4,"delivered_in":5,"discarded_out":6,"local_idle_ms":7,"missing":"3 bytes not acknowledged","snd_nxt":4294967295,"rcv_nxt":9,"restorable":true,"remote_closed":true}]`+"\n",
+		`"segments_in":10,"segments_out":11,"answered":12,"sent_to_remote":13,"sent_to_local":14,"kept_bytes":4,"kept_segments":15,"idle_seconds":1.6,"reasons":{"held-answered":17},`+
+		`"frozen":true,"sealed":true,"learned":true,"unacked_out":3,"delivered_in":5,"discarded_out":6,"local_idle_ms":7,"missing":"3 bytes not acknowledged","snd_nxt":4294967295,"rcv_nxt":9,"restorable":true,"remote_closed":true}]`+"\n",
 		"ioctl", "GETCONNINFO", "redis", "-o", "json")
 	r.want(0, ""+
 		"LOCAL             REMOTE             ROLE     STATE       BYTES-IN  BYTES-OUT  SND.NXT     RCV.NXT  UNACKED  KEPT  FLAGS      MISSING\n"+

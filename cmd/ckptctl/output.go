@@ -196,11 +196,12 @@ type connJSON struct {
 	Translated   bool   `json:"translated"`
 	Offloaded    bool   `json:"offloaded"`
 	WindowClosed bool   `json:"window_closed"`
+	connStatsJSON
 }
 
 func connOf(n *nfconnfilterv1.ConnInfo) connJSON {
 	return connJSON{Local: n.Local, Remote: n.Remote, Role: n.Role, State: n.State, BytesIn: n.BytesIn, BytesOut: n.BytesOut,
-		Translated: n.Translated, Offloaded: n.Offloaded, WindowClosed: n.WindowClosed}
+		Translated: n.Translated, Offloaded: n.Offloaded, WindowClosed: n.WindowClosed, connStatsJSON: connStatsOf(n)}
 }
 
 func connsOf(list []*nfconnfilterv1.ConnInfo) []connJSON {
@@ -232,7 +233,6 @@ type connDetailJSON struct {
 	Sealed       bool   `json:"sealed"`
 	Learned      bool   `json:"learned"`
 	UnackedOut   uint32 `json:"unacked_out"`
-	KeptBytes    uint32 `json:"kept_bytes"`
 	DeliveredIn  uint64 `json:"delivered_in"`
 	DiscardedOut uint64 `json:"discarded_out"`
 	LocalIdleMS  int64  `json:"local_idle_ms"`
@@ -248,7 +248,7 @@ func connDetailsOf(list []*nfconnfilterv1.ConnInfo) []connDetailJSON {
 	for _, n := range list {
 		conns = append(conns, connDetailJSON{
 			connJSON: connOf(n), Frozen: n.Frozen, Sealed: n.Sealed, Learned: n.Learned, UnackedOut: n.UnackedOut,
-			KeptBytes: n.KeptBytes, DeliveredIn: n.DeliveredIn, DiscardedOut: n.DiscardedOut, LocalIdleMS: n.LocalIdleMs,
+			DeliveredIn: n.DeliveredIn, DiscardedOut: n.DiscardedOut, LocalIdleMS: n.LocalIdleMs,
 			Missing: n.Missing, SndNxt: n.SndNxt, RcvNxt: n.RcvNxt, Restorable: n.Restorable, RemoteClosed: n.RemoteClosed,
 		})
 	}

@@ -272,9 +272,9 @@ func (s service) RestoreAbort(ctx context.Context, r *connect.Request[pb.AppRequ
 }
 
 // list reads the connection structures of an application that is configured or
-// known.
-func (s service) list(ctx context.Context, app string) (*filter.ConnList, error) {
-	x, err := s.n.do(ctx, &filter.GetConnInfo{App: app})
+// known, with their reasons where these are asked for.
+func (s service) list(ctx context.Context, app string, reasons bool) (*filter.ConnList, error) {
+	x, err := s.n.do(ctx, &filter.GetConnInfo{App: app, Reasons: reasons})
 	if err != nil {
 		return nil, s.failure(app, err)
 	}
@@ -291,7 +291,7 @@ func (s service) unknown(app string) error {
 }
 
 func (s service) GetConnCount(ctx context.Context, r *connect.Request[pb.AppRequest]) (*connect.Response[pb.ConnCountReply], error) {
-	l, err := s.list(ctx, r.Msg.App)
+	l, err := s.list(ctx, r.Msg.App, false)
 	if err != nil {
 		return nil, err
 	}
@@ -299,26 +299,44 @@ func (s service) GetConnCount(ctx context.Context, r *connect.Request[pb.AppRequ
 }
 
 func (s service) GetConnInfo(ctx context.Context, r *connect.Request[pb.GetConnInfoRequest]) (*connect.Response[pb.ConnInfoReply], error) {
-	l, err := s.list(ctx, r.Msg.App)
+	l, err := s.list(ctx, r.Msg.App, r.Msg.Reasons)
 	if err != nil {
 		return nil, err
 	}
 	out := &pb.ConnInfoReply{App: l.App, State: l.State.String(), Conns: make([]*pb.ConnInfo, 0, len(l.Conns))}
 	for i := range l.Conns {
 		c := &l.Conns[i]
-		idle := int64(-1)
-		if c.LocalIdle >= 0 {
-			idle = c.LocalIdle / int64(time.Millisecond)
-		}
 		out.Conns = append(out.Conns, &pb.ConnInfo{
 			Local: c.ID.Local.String(), Remote: c.ID.Remote.String(), Role: c.Role.String(), State: c.State.String(),
 			BytesIn: c.BytesIn, BytesOut: c.BytesOut, Translated: c.Translated, WindowClosed: c.Closed,
 			Frozen: c.Frozen, Sealed: c.Sealed, Learned: c.Learned, UnackedOut: c.Unacked, KeptBytes: c.Kept,
-			DeliveredIn: c.BytesIn, DiscardedOut: c.Discarded, LocalIdleMs: idle, Missing: c.Missing,
+			DeliveredIn: c.BytesIn, DiscardedOut: c.Discarded, LocalIdleMs: millis(c.LocalIdle), Missing: c.Missing,
 			SndNxt: c.SndNxt, RcvNxt: c.RcvNxt, Restorable: c.Restorable, RemoteClosed: c.RemoteClosed,
+			SegmentsIn: c.SegmentsIn, SegmentsOut: c.SegmentsOut, Answered: c.Answered,
+			SentToRemote: c.ToRemote, SentToLocal: c.ToLocal, KeptSegments: c.KeptSegments,
+			RemoteIdleMs: millis(c.RemoteIdle), Reasons: reasonsOf(c.Reasons),
 		})
 	}
 	return connect.NewResponse(out), nil
+}
+
+// millis are the milliseconds of t, -1 where t is not known.
+func millis(t filter.Time) int64 {
+	if t < 0 {
+		return -1
+	}
+	return t / int64(time.Millisecond)
+}
+
+func reasonsOf(list []filter.ReasonCount) map[string]uint64 {
+	if len(list) == 0 {
+		return nil
+	}
+	m := make(map[string]uint64, len(list))
+	for _, r := range list {
+		m[r.Reason.String()] = r.Count
+	}
+	return m
 }
 
 func (s service) Status(ctx context.Context, r *connect.Request[pb.StatusRequest]) (*connect.Response[pb.StatusReply], error) {

@@ -37,6 +37,13 @@ type Conn struct {
 	BytesOut     uint64 `json:"bytes_out"`
 	Translated   bool   `json:"translated"`
 	WindowClosed bool   `json:"window_closed"`
+
+	SegmentsIn   uint64            `json:"segments_in"`
+	SegmentsOut  uint64            `json:"segments_out"`
+	Answered     uint64            `json:"answered"`
+	SentToRemote uint64            `json:"sent_to_remote"`
+	IdleSeconds  float64           `json:"idle_seconds"`
+	Reasons      map[string]uint64 `json:"reasons"`
 }
 
 // Status asks for one application.

@@ -1385,6 +1385,7 @@ func (x *ConnCountReply) GetCount() uint32 {
 type GetConnInfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	Reasons       bool                   `protobuf:"varint,2,opt,name=reasons,proto3" json:"reasons,omitempty"` // with ConnInfo.reasons
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1426,31 +1427,56 @@ func (x *GetConnInfoRequest) GetApp() string {
 	return ""
 }
 
+func (x *GetConnInfoRequest) GetReasons() bool {
+	if x != nil {
+		return x.Reasons
+	}
+	return false
+}
+
 // ConnInfo is one connection structure. Sequence numbers are the remote's view.
 type ConnInfo struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Local         string                 `protobuf:"bytes,1,opt,name=local,proto3" json:"local,omitempty"` // as the remote sees it
-	Remote        string                 `protobuf:"bytes,2,opt,name=remote,proto3" json:"remote,omitempty"`
-	Role          string                 `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"`                          // "passive" or "active"
-	State         string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`                        // CONNECT, CLOSING, CONNECTRMT, RST, RESTORING, ...
-	BytesIn       uint64                 `protobuf:"varint,5,opt,name=bytes_in,json=bytesIn,proto3" json:"bytes_in,omitempty"`    // remote to local
-	BytesOut      uint64                 `protobuf:"varint,6,opt,name=bytes_out,json=bytesOut,proto3" json:"bytes_out,omitempty"` // local to remote
-	Translated    bool                   `protobuf:"varint,7,opt,name=translated,proto3" json:"translated,omitempty"`
-	Offloaded     bool                   `protobuf:"varint,8,opt,name=offloaded,proto3" json:"offloaded,omitempty"`
-	WindowClosed  bool                   `protobuf:"varint,9,opt,name=window_closed,json=windowClosed,proto3" json:"window_closed,omitempty"`
-	Frozen        bool                   `protobuf:"varint,10,opt,name=frozen,proto3" json:"frozen,omitempty"` // at its boundary: no payload reaches local
-	Sealed        bool                   `protobuf:"varint,11,opt,name=sealed,proto3" json:"sealed,omitempty"`
-	Learned       bool                   `protobuf:"varint,12,opt,name=learned,proto3" json:"learned,omitempty"`
-	UnackedOut    uint32                 `protobuf:"varint,13,opt,name=unacked_out,json=unackedOut,proto3" json:"unacked_out,omitempty"`       // bytes sent to the remote and not acknowledged by it
-	KeptBytes     uint32                 `protobuf:"varint,14,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`          // payload kept for delivery
-	DeliveredIn   uint64                 `protobuf:"varint,15,opt,name=delivered_in,json=deliveredIn,proto3" json:"delivered_in,omitempty"`    // bytes that local acknowledged on this incarnation
-	DiscardedOut  uint64                 `protobuf:"varint,16,opt,name=discarded_out,json=discardedOut,proto3" json:"discarded_out,omitempty"` // bytes from local discarded after the seal
-	LocalIdleMs   int64                  `protobuf:"varint,17,opt,name=local_idle_ms,json=localIdleMs,proto3" json:"local_idle_ms,omitempty"`  // since local's last payload
-	Missing       string                 `protobuf:"bytes,18,opt,name=missing,proto3" json:"missing,omitempty"`                                // what keeps it from being accounted for, "" when nothing
-	SndNxt        uint32                 `protobuf:"varint,19,opt,name=snd_nxt,json=sndNxt,proto3" json:"snd_nxt,omitempty"`
-	RcvNxt        uint32                 `protobuf:"varint,20,opt,name=rcv_nxt,json=rcvNxt,proto3" json:"rcv_nxt,omitempty"`
-	Restorable    bool                   `protobuf:"varint,21,opt,name=restorable,proto3" json:"restorable,omitempty"`                         // has to be re-established by RESTORECONN
-	RemoteClosed  bool                   `protobuf:"varint,22,opt,name=remote_closed,json=remoteClosed,proto3" json:"remote_closed,omitempty"` // the remote's FIN reached local before the snapshot
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Local        string                 `protobuf:"bytes,1,opt,name=local,proto3" json:"local,omitempty"` // as the remote sees it
+	Remote       string                 `protobuf:"bytes,2,opt,name=remote,proto3" json:"remote,omitempty"`
+	Role         string                 `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"`                          // "passive" or "active"
+	State        string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`                        // CONNECT, CLOSING, CONNECTRMT, RST, RESTORING, ...
+	BytesIn      uint64                 `protobuf:"varint,5,opt,name=bytes_in,json=bytesIn,proto3" json:"bytes_in,omitempty"`    // remote to local
+	BytesOut     uint64                 `protobuf:"varint,6,opt,name=bytes_out,json=bytesOut,proto3" json:"bytes_out,omitempty"` // local to remote
+	Translated   bool                   `protobuf:"varint,7,opt,name=translated,proto3" json:"translated,omitempty"`
+	Offloaded    bool                   `protobuf:"varint,8,opt,name=offloaded,proto3" json:"offloaded,omitempty"`
+	WindowClosed bool                   `protobuf:"varint,9,opt,name=window_closed,json=windowClosed,proto3" json:"window_closed,omitempty"`
+	Frozen       bool                   `protobuf:"varint,10,opt,name=frozen,proto3" json:"frozen,omitempty"` // at its boundary: no payload reaches local
+	Sealed       bool                   `protobuf:"varint,11,opt,name=sealed,proto3" json:"sealed,omitempty"`
+	Learned      bool                   `protobuf:"varint,12,opt,name=learned,proto3" json:"learned,omitempty"`
+	UnackedOut   uint32                 `protobuf:"varint,13,opt,name=unacked_out,json=unackedOut,proto3" json:"unacked_out,omitempty"`       // bytes sent to the remote and not acknowledged by it
+	KeptBytes    uint32                 `protobuf:"varint,14,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`          // payload kept for delivery
+	DeliveredIn  uint64                 `protobuf:"varint,15,opt,name=delivered_in,json=deliveredIn,proto3" json:"delivered_in,omitempty"`    // bytes that local acknowledged on this incarnation
+	DiscardedOut uint64                 `protobuf:"varint,16,opt,name=discarded_out,json=discardedOut,proto3" json:"discarded_out,omitempty"` // bytes from local discarded after the seal
+	LocalIdleMs  int64                  `protobuf:"varint,17,opt,name=local_idle_ms,json=localIdleMs,proto3" json:"local_idle_ms,omitempty"`  // since local's last payload
+	Missing      string                 `protobuf:"bytes,18,opt,name=missing,proto3" json:"missing,omitempty"`                                // what keeps it from being accounted for, "" when nothing
+	SndNxt       uint32                 `protobuf:"varint,19,opt,name=snd_nxt,json=sndNxt,proto3" json:"snd_nxt,omitempty"`
+	RcvNxt       uint32                 `protobuf:"varint,20,opt,name=rcv_nxt,json=rcvNxt,proto3" json:"rcv_nxt,omitempty"`
+	Restorable   bool                   `protobuf:"varint,21,opt,name=restorable,proto3" json:"restorable,omitempty"`                         // has to be re-established by RESTORECONN
+	RemoteClosed bool                   `protobuf:"varint,22,opt,name=remote_closed,json=remoteClosed,proto3" json:"remote_closed,omitempty"` // the remote's FIN reached local before the snapshot
+	// Statistics: of segments that reached the filter. While a connection is
+	// neither held nor translated, in CONNECTED for one, only its SYN, FIN and RST
+	// do; its data stays in the kernel and is not counted. They begin anew at 0
+	// with the filter, unlike bytes_in and bytes_out, which are recorded with a
+	// connection that is held or translated.
+	SegmentsIn   uint64 `protobuf:"varint,23,opt,name=segments_in,json=segmentsIn,proto3" json:"segments_in,omitempty"`         // from the remote
+	SegmentsOut  uint64 `protobuf:"varint,24,opt,name=segments_out,json=segmentsOut,proto3" json:"segments_out,omitempty"`      // from local; one that is seen on two hooks counts once
+	Answered     uint32 `protobuf:"varint,25,opt,name=answered,proto3" json:"answered,omitempty"`                               // of both, answered by the filter in the place of the other side
+	SentToRemote uint32 `protobuf:"varint,26,opt,name=sent_to_remote,json=sentToRemote,proto3" json:"sent_to_remote,omitempty"` // segments that the filter sent: answers, window updates, probes
+	SentToLocal  uint32 `protobuf:"varint,27,opt,name=sent_to_local,json=sentToLocal,proto3" json:"sent_to_local,omitempty"`    // answers, questions for its numbers, handshakes, kept payload
+	KeptSegments uint32 `protobuf:"varint,28,opt,name=kept_segments,json=keptSegments,proto3" json:"kept_segments,omitempty"`   // that kept_bytes came in; counted up to 65535
+	// Since the remote was heard, in steps of 100. -1: it was not heard yet, or it
+	// speaks without the filter. Segments that do not fit the connection are not
+	// its word.
+	RemoteIdleMs int64 `protobuf:"varint,29,opt,name=remote_idle_ms,json=remoteIdleMs,proto3" json:"remote_idle_ms,omitempty"`
+	// Verdicts by reason, in the words of AppStatus.reasons: one for each of
+	// segments_in and segments_out. Only when they were asked for.
+	Reasons       map[string]uint64 `protobuf:"bytes,30,rep,name=reasons,proto3" json:"reasons,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1637,6 +1663,62 @@ func (x *ConnInfo) GetRemoteClosed() bool {
 		return x.RemoteClosed
 	}
 	return false
+}
+
+func (x *ConnInfo) GetSegmentsIn() uint64 {
+	if x != nil {
+		return x.SegmentsIn
+	}
+	return 0
+}
+
+func (x *ConnInfo) GetSegmentsOut() uint64 {
+	if x != nil {
+		return x.SegmentsOut
+	}
+	return 0
+}
+
+func (x *ConnInfo) GetAnswered() uint32 {
+	if x != nil {
+		return x.Answered
+	}
+	return 0
+}
+
+func (x *ConnInfo) GetSentToRemote() uint32 {
+	if x != nil {
+		return x.SentToRemote
+	}
+	return 0
+}
+
+func (x *ConnInfo) GetSentToLocal() uint32 {
+	if x != nil {
+		return x.SentToLocal
+	}
+	return 0
+}
+
+func (x *ConnInfo) GetKeptSegments() uint32 {
+	if x != nil {
+		return x.KeptSegments
+	}
+	return 0
+}
+
+func (x *ConnInfo) GetRemoteIdleMs() int64 {
+	if x != nil {
+		return x.RemoteIdleMs
+	}
+	return 0
+}
+
+func (x *ConnInfo) GetReasons() map[string]uint64 {
+	if x != nil {
+		return x.Reasons
+	}
+	return nil
 }
 
 type ConnInfoReply struct {
@@ -2928,9 +3010,10 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x0eConnCountReply\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x14\n" +
-	"\x05count\x18\x03 \x01(\rR\x05count\"&\n" +
+	"\x05count\x18\x03 \x01(\rR\x05count\"@\n" +
 	"\x12GetConnInfoRequest\x12\x10\n" +
-	"\x03app\x18\x01 \x01(\tR\x03app\"\x84\x05\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x18\n" +
+	"\areasons\x18\x02 \x01(\bR\areasons\"\xf7\a\n" +
 	"\bConnInfo\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\tR\x05local\x12\x16\n" +
 	"\x06remote\x18\x02 \x01(\tR\x06remote\x12\x12\n" +
@@ -2960,7 +3043,19 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\n" +
 	"restorable\x18\x15 \x01(\bR\n" +
 	"restorable\x12#\n" +
-	"\rremote_closed\x18\x16 \x01(\bR\fremoteClosed\"h\n" +
+	"\rremote_closed\x18\x16 \x01(\bR\fremoteClosed\x12\x1f\n" +
+	"\vsegments_in\x18\x17 \x01(\x04R\n" +
+	"segmentsIn\x12!\n" +
+	"\fsegments_out\x18\x18 \x01(\x04R\vsegmentsOut\x12\x1a\n" +
+	"\banswered\x18\x19 \x01(\rR\banswered\x12$\n" +
+	"\x0esent_to_remote\x18\x1a \x01(\rR\fsentToRemote\x12\"\n" +
+	"\rsent_to_local\x18\x1b \x01(\rR\vsentToLocal\x12#\n" +
+	"\rkept_segments\x18\x1c \x01(\rR\fkeptSegments\x12$\n" +
+	"\x0eremote_idle_ms\x18\x1d \x01(\x03R\fremoteIdleMs\x12@\n" +
+	"\areasons\x18\x1e \x03(\v2&.nfconnfilter.v1.ConnInfo.ReasonsEntryR\areasons\x1a:\n" +
+	"\fReasonsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"h\n" +
 	"\rConnInfoReply\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12/\n" +
@@ -3092,7 +3187,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP() []byte {
 	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescData
 }
 
-var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 	(*ErrorInfo)(nil),             // 0: nfconnfilter.v1.ErrorInfo
 	(*AppRequest)(nil),            // 1: nfconnfilter.v1.AppRequest
@@ -3134,72 +3229,74 @@ var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 	(*AgentAbortRequest)(nil),     // 37: nfconnfilter.v1.AgentAbortRequest
 	(*AgentProgressRequest)(nil),  // 38: nfconnfilter.v1.AgentProgressRequest
 	(*AgentProgressReply)(nil),    // 39: nfconnfilter.v1.AgentProgressReply
-	nil,                           // 40: nfconnfilter.v1.AppStatus.ConnectionsEntry
-	nil,                           // 41: nfconnfilter.v1.AppStatus.ReasonsEntry
+	nil,                           // 40: nfconnfilter.v1.ConnInfo.ReasonsEntry
+	nil,                           // 41: nfconnfilter.v1.AppStatus.ConnectionsEntry
+	nil,                           // 42: nfconnfilter.v1.AppStatus.ReasonsEntry
 }
 var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
 	6,  // 0: nfconnfilter.v1.AdoptRequest.sockets:type_name -> nfconnfilter.v1.Socket
 	6,  // 1: nfconnfilter.v1.SnapshotStartRequest.sockets:type_name -> nfconnfilter.v1.Socket
 	15, // 2: nfconnfilter.v1.RestoreConnRequest.conns:type_name -> nfconnfilter.v1.ConnID
-	20, // 3: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
-	40, // 4: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
-	41, // 5: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
-	23, // 6: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
-	24, // 7: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
-	29, // 8: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
-	29, // 9: nfconnfilter.v1.AgentSnapshotReply.phases:type_name -> nfconnfilter.v1.Phase
-	34, // 10: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
-	4,  // 11: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
-	5,  // 12: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
-	7,  // 13: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
-	9,  // 14: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
-	11, // 15: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
-	12, // 16: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
-	13, // 17: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
-	1,  // 18: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
-	14, // 19: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
-	16, // 20: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
-	17, // 21: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
-	1,  // 22: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
-	1,  // 23: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
-	19, // 24: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
-	22, // 25: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
-	26, // 26: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
-	27, // 27: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
-	28, // 28: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
-	31, // 29: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
-	33, // 30: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
-	36, // 31: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
-	37, // 32: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
-	38, // 33: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
-	2,  // 34: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
-	2,  // 35: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
-	8,  // 36: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
-	10, // 37: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
-	2,  // 38: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
-	2,  // 39: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
-	2,  // 40: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
-	2,  // 41: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
-	2,  // 42: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
-	2,  // 43: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
-	2,  // 44: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
-	2,  // 45: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
-	18, // 46: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
-	21, // 47: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
-	25, // 48: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
-	2,  // 49: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
-	30, // 50: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
-	30, // 51: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
-	32, // 52: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
-	35, // 53: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
-	30, // 54: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
-	30, // 55: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
-	39, // 56: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
-	34, // [34:57] is the sub-list for method output_type
-	11, // [11:34] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	40, // 3: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
+	20, // 4: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
+	41, // 5: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
+	42, // 6: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
+	23, // 7: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
+	24, // 8: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
+	29, // 9: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
+	29, // 10: nfconnfilter.v1.AgentSnapshotReply.phases:type_name -> nfconnfilter.v1.Phase
+	34, // 11: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
+	4,  // 12: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
+	5,  // 13: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
+	7,  // 14: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
+	9,  // 15: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
+	11, // 16: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
+	12, // 17: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
+	13, // 18: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
+	1,  // 19: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
+	14, // 20: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
+	16, // 21: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
+	17, // 22: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
+	1,  // 23: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
+	1,  // 24: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
+	19, // 25: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
+	22, // 26: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
+	26, // 27: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
+	27, // 28: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
+	28, // 29: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
+	31, // 30: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
+	33, // 31: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
+	36, // 32: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
+	37, // 33: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
+	38, // 34: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
+	2,  // 35: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
+	2,  // 36: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
+	8,  // 37: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
+	10, // 38: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
+	2,  // 39: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
+	2,  // 40: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
+	2,  // 41: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
+	2,  // 42: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
+	2,  // 43: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
+	2,  // 44: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
+	2,  // 45: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
+	2,  // 46: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
+	18, // 47: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
+	21, // 48: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
+	25, // 49: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
+	2,  // 50: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
+	30, // 51: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
+	30, // 52: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
+	32, // 53: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
+	35, // 54: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
+	30, // 55: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
+	30, // 56: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
+	39, // 57: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
+	35, // [35:58] is the sub-list for method output_type
+	12, // [12:35] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_nfconnfilter_v1_nfconnfilter_proto_init() }
@@ -3213,7 +3310,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc), len(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   42,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
