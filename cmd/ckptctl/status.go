@@ -23,7 +23,8 @@ A limit of the filter that is used to nine tenths or more is named on standard
 error; in JSON limits has all of them.
 
 In JSON, vip is text as in the application's file, or a list when there are
-two addresses; connection states without a connection are left out.`,
+two addresses; connection states without a connection are left out; reasons
+counts packets by what became of them, in the words of docs/operating.md.`,
 		Example: "  ckptctl status\n  ckptctl status redis -o json",
 		Args:    maybeApp,
 		RunE: c.command(func(ctx context.Context, args []string) error {
