@@ -89,17 +89,25 @@ func chains(f *family, cfg Config) []chain {
 			{"-p tcp " + set(Away, "src") + " " + q, "application away: sealed or held, dropped without a filter"},
 			{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
 		}}
+	reset := chain{table: "raw", hook: "OUTPUT", name: ChainReset,
+		why:    "RST of this node, while anything is away or translated: the guard for sets that another program empties",
+		active: "-p tcp -m tcp --tcp-flags RST RST", behind: len(out.jumps()), idle: cfg.idle, rules: []rule{
+			ours,
+			{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
+			{"-p tcp " + bypass, "whether it is for a held connection the filter knows without a set"},
+		}}
 	post := chain{table: "mangle", hook: "POSTROUTING", name: ChainPost, why: "local to remote, after connection tracking",
 		edge: edge, active: set(Active, "src"), rules: []rule{
 			ours,
 			{"-o lo -j RETURN", "the node itself may always talk to the VIP"},
 			{set(Skip, "src,src") + " -j RETURN", "ports that are never captured"},
 			{"-p tcp " + set(Flow, "dst,dst,src") + " " + q, "translated flows, dropped without a filter"},
+			{edge + set(Away, "src") + " " + q, "application away: a SYN-ACK that OUTPUT let by for connection tracking, dropped without a filter"},
 			{"-p tcp " + set(Full, "src") + " " + bypass, "full capture"},
 			{edge + set(VIP, "src") + " " + bypass, "else only SYN, FIN and RST"},
 		}}
 	if cfg.idle {
-		return []chain{in, forward, out}
+		return []chain{in, forward, out, reset}
 	}
-	return []chain{in, forward, out, post}
+	return []chain{in, forward, out, reset, post}
 }

@@ -17,13 +17,16 @@
 // "With bypass" means that packets pass when no process listens on the queue; without it they are dropped.
 // Rules without bypass stand before those with it, so that a held or translated flow never bypasses.
 //
-// Four chains hold the rules: NFCF-IN (called from raw PREROUTING), NFCF-OUT (raw OUTPUT), NFCF-FWD (raw
-// PREROUTING too) and NFCF-POST (mangle POSTROUTING). raw comes before connection tracking and mangle POSTROUTING
+// Five chains hold the rules: NFCF-IN (called from raw PREROUTING), NFCF-OUT and NFCF-RST (raw OUTPUT), NFCF-FWD
+// (raw PREROUTING too) and NFCF-POST (mangle POSTROUTING). raw comes before connection tracking and mangle POSTROUTING
 // after it, so that conntrack sees local numbers only and never a segment of a dying socket.
 //
 // NFCF-FWD does what NFCF-OUT does for applications in a network namespace behind the node: what these send
 // comes in like packets of the network. It is theirs when it came by the device to which the node routes the
 // VIP (match rpfilter); other packets with a VIP as their source are forged, and dropped.
+//
+// NFCF-RST is there while anything is away or translated and looks into no set: with the sets emptied by another
+// program the kernel's RST for a held connection still comes to the filter, which takes it. RSTs of others pass.
 //
 // Fragments: only the first fragment holds ports, so later ones match neither skip nor flow; they match the
 // sets that hold an address alone (away, full) and are queued as fragments, unless the kernel reassembles
@@ -42,6 +45,7 @@ const (
 	ChainIn      = "NFCF-IN"   // called from raw PREROUTING
 	ChainForward = "NFCF-FWD"  // called from NFCF-IN and raw PREROUTING
 	ChainOut     = "NFCF-OUT"  // called from raw OUTPUT
+	ChainReset   = "NFCF-RST"  // called from raw OUTPUT
 	ChainPost    = "NFCF-POST" // called from mangle POSTROUTING
 )
 
@@ -219,6 +223,14 @@ var (
 
 func families() []*family { return []*family{&family4, &family6} }
 
+// index is the family's place in Manager.should.
+func (f *family) index() int {
+	if f.v6 {
+		return 1
+	}
+	return 0
+}
+
 func (f *family) setName(s Set) string { return f.prefix + s.String() }
 
 func (f *family) name() string {
@@ -233,12 +245,13 @@ func (f *family) name() string {
 type Manager struct {
 	iptables sync.Mutex // one change of the rules at a time; before mu
 
-	mu   sync.Mutex // the sets' socket: packets wait for it
-	cfg  Config
-	ns   *netns
-	sets *setConn
-	want map[string][]string // what Verify expects: rule lines of a chain as iptables prints them
-	v6   error               // why IPv6 is not filtered; nil when it is
+	mu     sync.Mutex // the sets' socket: packets wait for it
+	cfg    Config
+	ns     *netns
+	sets   *setConn
+	should [2]contents         // of IPv4 and IPv6, see RepairSets
+	want   map[string][]string // what Verify expects: rule lines of a chain as iptables prints them
+	v6     error               // why IPv6 is not filtered; nil when it is
 }
 
 // Install creates the sets that are missing and writes the rules where they are missing or differ. What is
@@ -265,6 +278,9 @@ func Install(cfg Config) (*Manager, error) {
 		return nil, errors.Join(err, m.Close())
 	}
 	m.v6 = m.install(&family6)
+	if err := m.adoptContents(); err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
 	return m, nil
 }
 
@@ -307,6 +323,9 @@ func (m *Manager) Apply(changes []Change) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	for _, c := range norm {
+		m.note(c)
+	}
 	return m.sets.apply(norm)
 }
 
@@ -338,6 +357,7 @@ func (m *Manager) Clear(sets ...Set) error {
 			return fmt.Errorf("rules: there is no set number %d", uint8(s))
 		}
 		for _, f := range m.active() {
+			m.should[f.index()][s] = nil
 			if err := m.sets.flush(f, f.setName(s)); err != nil {
 				return err
 			}
@@ -355,7 +375,7 @@ func (m *Manager) active() []*family {
 
 // Verify returns one line for each of our sets, chains, rules and jumps that is missing, altered, or no longer
 // in the first place of its hook; none means that all is as Install left it. Install repairs what it reports.
-// The contents of the sets are not looked at: a set that somebody emptied shows in List.
+// The contents of the sets are RepairSets' affair.
 func (m *Manager) Verify() ([]string, error) {
 	m.iptables.Lock()
 	defer m.iptables.Unlock()

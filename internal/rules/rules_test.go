@@ -129,8 +129,9 @@ func TestNoBypassComesFirst(t *testing.T) {
 func TestRestoreInput(t *testing.T) {
 	all := chains(&family4, Config{}.withDefaults())
 	in := &all[0]
-	toIn, toForward, toOut := in.jumps(), all[1].jumps(), all[2].jumps()
-	full := tableRules{"PREROUTING": slices.Concat(toIn, toForward), "OUTPUT": toOut, ChainIn: specs(in), ChainForward: specs(&all[1]), ChainOut: specs(&all[2])}
+	toIn, toForward, toOut, toReset := in.jumps(), all[1].jumps(), all[2].jumps(), all[3].jumps()
+	full := tableRules{"PREROUTING": slices.Concat(toIn, toForward), "OUTPUT": slices.Concat(toOut, toReset),
+		ChainIn: specs(in), ChainForward: specs(&all[1]), ChainOut: specs(&all[2]), ChainReset: specs(&all[3])}
 	clone := func(change func(tableRules)) tableRules {
 		c := tableRules{}
 		for k, v := range full {
@@ -146,7 +147,7 @@ func TestRestoreInput(t *testing.T) {
 		not  []string
 	}{
 		{"all there", full, nil, []string{"*raw"}},
-		{"empty table", tableRules{}, []string{":NFCF-IN", ":NFCF-OUT", "-I PREROUTING 1", "-I PREROUTING 3 " + toForward[0], "-I OUTPUT 1", "COMMIT"}, []string{"-D ", "NFCF-POST"}},
+		{"empty table", tableRules{}, []string{":NFCF-IN", ":NFCF-OUT", "-I PREROUTING 1", "-I PREROUTING 3 " + toForward[0], "-I OUTPUT 1", "-I OUTPUT 4 " + toReset[0], "COMMIT"}, []string{"-D ", "NFCF-POST"}},
 		{"not first", clone(func(r tableRules) { r["PREROUTING"] = slices.Concat([]string{"-j ACCEPT"}, toIn, toForward) }),
 			[]string{"-D PREROUTING " + toIn[0] + "\n-D PREROUTING " + toIn[1] + "\n-I PREROUTING 1 " + toIn[0] + "\n-I PREROUTING 2 " + toIn[1],
 				"-D PREROUTING " + toForward[0] + "\n-I PREROUTING 3 " + toForward[0]}, []string{":NFCF", "OUTPUT"}},

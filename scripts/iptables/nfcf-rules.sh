@@ -80,6 +80,12 @@ forward() {
 	echo "-I PREROUTING 3 -m set --match-set $2active src -j NFCF-FWD"
 }
 
+# resets IPTABLES: every RST of the node, fourth in OUTPUT.
+resets() {
+	$1 -w -t raw -S OUTPUT | sed -n "s/^-A \(OUTPUT\( .*\)* -j NFCF-RST\)\$/-D \1/p"
+	echo "-I OUTPUT 4 -p tcp -m tcp --tcp-flags RST RST -j NFCF-RST"
+}
+
 # sets PREFIX FAMILY
 sets() {
 	ipset create -exist "$1vip" hash:ip family "$2" maxelem 65536
@@ -109,6 +115,7 @@ rules() {
 		:NFCF-IN - [0:0]
 		:NFCF-FWD - [0:0]
 		:NFCF-OUT - [0:0]
+		:NFCF-RST - [0:0]
 		# the filter's own packets
 		-A NFCF-IN -m mark --mark $notrack -j CT --notrack
 		-A NFCF-IN -m mark --mark $mark/$mask -j RETURN
@@ -135,13 +142,18 @@ rules() {
 		-A NFCF-OUT -m set --match-set $2skip src,src -j RETURN
 		-A NFCF-OUT -p tcp -m set --match-set $2away src -j NFQUEUE --queue-num $queue
 		-A NFCF-OUT -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip src -j NFQUEUE --queue-num $queue --queue-bypass
+		# a RST of the kernel's for a held connection, also when another program has emptied the sets
+		-A NFCF-RST -m mark --mark $mark/$mask -j RETURN
+		-A NFCF-RST -o lo -j RETURN
+		-A NFCF-RST -p tcp -j NFQUEUE --queue-num $queue --queue-bypass
 		$(jumps "$1" raw PREROUTING NFCF-IN "$2active" dst)
 		$(forward "$1" "$2")
 		$(jumps "$1" raw OUTPUT NFCF-OUT "$2active" src)
+		$(resets "$1")
 		COMMIT
 	EOF
 	# After connection tracking, which so sees local numbers only: what goes to the remote. The filter has
-	# this chain, and the second jump to the others, only while something is away or translated, and the jump to
+	# this chain, the jump to NFCF-RST and the second one to the others, only while something is away or translated, and the jump to
 	# NFCF-FWD only if a VIP is not the node's own address: bulk is faster without them.
 	"$1-restore" -w --noflush <<-EOF
 		*mangle
@@ -150,6 +162,7 @@ rules() {
 		-A NFCF-POST -o lo -j RETURN
 		-A NFCF-POST -m set --match-set $2skip src,src -j RETURN
 		-A NFCF-POST -p tcp -m set --match-set $2flow dst,dst,src -j NFQUEUE --queue-num $queue
+		-A NFCF-POST -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2away src -j NFQUEUE --queue-num $queue
 		-A NFCF-POST -p tcp -m set --match-set $2full src -j NFQUEUE --queue-num $queue --queue-bypass
 		-A NFCF-POST -p tcp -m tcp ! --tcp-flags FIN,SYN,RST NONE -m set --match-set $2vip src -j NFQUEUE --queue-num $queue --queue-bypass
 		$(jumps "$1" mangle POSTROUTING NFCF-POST "$2active" src)
@@ -174,6 +187,7 @@ remove() {
 	unhook "$1" raw PREROUTING NFCF-IN
 	unhook "$1" raw PREROUTING NFCF-FWD
 	unhook "$1" raw OUTPUT NFCF-OUT
+	unhook "$1" raw OUTPUT NFCF-RST
 	unhook "$1" mangle POSTROUTING NFCF-POST
 	for s in vip full away active skip flow; do
 		# The kernel lets go of a set a moment after the last rule that named it.
