@@ -24,11 +24,12 @@ var (
 	descLimit    = prometheus.NewDesc("nfconnfilter_limit", "The limit.", []string{"limit"}, nil)
 	descReceived = prometheus.NewDesc("nfconnfilter_queue_packets_total", "Packets received from the queue.", nil, nil)
 	descOverruns = prometheus.NewDesc("nfconnfilter_queue_overruns_total", "Times that the queue's socket buffer overran.", nil, nil)
+	descRepaired = prometheus.NewDesc("nfconnfilter_rules_repaired_total", "Times that packet rules or sets changed by other programs were repaired.", []string{"what"}, nil)
 	descSent     = prometheus.NewDesc("nfconnfilter_injected_packets_total", "Packets sent by the filter itself.", []string{"result"}, nil)
 )
 
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descVerdicts, descConns, descState, descKept, descUsed, descLimit, descReceived, descOverruns, descSent} {
+	for _, d := range []*prometheus.Desc{descVerdicts, descConns, descState, descKept, descUsed, descLimit, descReceived, descOverruns, descRepaired, descSent} {
 		ch <- d
 	}
 }
@@ -45,6 +46,8 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	q, i := c.n.queue.Stats(), c.n.inj.Stats()
 	counter(descReceived, float64(q.Received))
 	counter(descOverruns, float64(q.Overruns))
+	counter(descRepaired, float64(c.n.repairedRules.Load()), "rules")
+	counter(descRepaired, float64(c.n.repairedSets.Load()), "sets")
 	counter(descSent, float64(i.Sent), "sent")
 	counter(descSent, float64(i.Failed), "failed")
 	x, err := c.n.do(ctx, &filter.Status{})

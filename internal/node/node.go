@@ -56,6 +56,8 @@ type Node struct {
 	pins    int        // requests under way that need them
 	engaged atomic.Int32
 
+	repairedRules, repairedSets atomic.Uint64 // what other programs had changed
+
 	active   map[netip.Addr]bool // VIPs in the set of that name; their number is in engaged
 	calls    map[uint64]*call    // of the loop's goroutine
 	nextID   uint64
@@ -188,6 +190,7 @@ func (n *Node) Run(ctx context.Context) error {
 	watch, cancel := context.WithCancel(ctx)
 	defer cancel()
 	n.wg.Go(func() { n.watchRules(watch) })
+	n.wg.Go(func() { n.watchSets(watch) })
 	pkts := make([]nfq.Packet, 64)
 	var fp filter.Packet
 	for ctx.Err() == nil {
