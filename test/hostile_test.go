@@ -346,3 +346,57 @@ func TestRulesFlushed(t *testing.T) {
 	wake(t, n, "redis", load.Clients[1])
 	rounds(t, load, 2)
 }
+
+// TestSetsFlushed: another program empties the sets of the packet rules while
+// the application is away, and when its connections are translated. Every
+// client speaks meanwhile, to a kernel without a socket for it.
+func TestSetsFlushed(t *testing.T) {
+	const count = 50
+	n, load := redisUp(t, harness.Options{Name: "sets"}, count, clients.KeepAlive{Idle: time.Second, Interval: time.Second, Count: 6})
+	run := func(args ...string) string {
+		t.Helper()
+		out, err := n.Net.Node().Command(args[0], args[1:]...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %v\n%s", args, err, out)
+		}
+		return string(out)
+	}
+	reason := func(name string) uint64 {
+		t.Helper()
+		r, err := n.Reasons("redis")
+		must(t, err)
+		return r[name]
+	}
+	family, old := "nfcf4-", vip
+	if overIPv6() {
+		family, old = "nfcf6-", "["+vip+"]"
+	}
+	unnoticed := watch(t, n.Net, vip)
+	rounds(t, load, 1) // the capture knows all numbers from here on
+	snapshot(t, n, "redis", "redis-server")
+	// What the kernel still has of the old sockets would answer, and not with RST.
+	run("ss", "-tK", "state", "time-wait", "src", old)
+	held(t, n, "redis", "redis-server", load, time.Second)
+	for _, harm := range [][]string{{"ipset", "flush"}, {"ipset", "flush", family + "away"}, {"ipset", "del", "-exist", family + "away", vip}} {
+		absorbed := reason("sealed-rst")
+		// Again and again, so that every client has spoken to the kernel.
+		must(t, harness.Wait(5*time.Second, "the kernel has answered every client", func() bool {
+			run(harm...)
+			return reason("sealed-rst") >= absorbed+count
+		}))
+		began, answered := time.Now(), reason("held-answered")
+		must(t, harness.Wait(5*time.Second, "every client is answered again", func() bool { return reason("held-answered") >= answered+count }))
+		t.Logf("%v: answered again after %v", harm, time.Since(began).Round(time.Millisecond))
+		held(t, n, "redis", "redis-server", load, time.Second)
+	}
+	wake(t, n, "redis", load.Clients[0])
+	rounds(t, load, 2)
+	unnoticed()
+
+	run("ipset", "flush")
+	rounds(t, load, 2)
+	must(t, harness.Wait(5*time.Second, "the flows are back", func() bool { return strings.Count(run("ipset", "list", family+"flow"), ","+vip) == count }))
+	snapshot(t, n, "redis", "redis-server")
+	wake(t, n, "redis", load.Clients[1])
+	rounds(t, load, 2)
+}

@@ -19,6 +19,7 @@ var everywhere = []struct {
 	{"SynToOtherPort", TestSynToOtherPort}, {"NewConnectionWakes", TestNewConnectionWakes},
 	{"ClientClosesWhileHeld", TestClientClosesWhileHeld}, {"ClientResetsWhileHeld", TestClientResetsWhileHeld},
 	{"MalformedPackets", TestMalformedPackets}, {"RulesFlushed", TestRulesFlushed},
+	{"SetsFlushed", TestSetsFlushed},
 	{"FilterCrash", func(t *testing.T) { filterCrash(t, gated(), 500*time.Millisecond) }},
 	{"FilterTerminated", TestFilterTerminated}, {"Reboot", TestReboot}, {"Adopted", TestAdopted},
 }
