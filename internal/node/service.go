@@ -358,6 +358,8 @@ func (s service) Status(ctx context.Context, r *connect.Request[pb.StatusRequest
 			Name: a.Name, Vips: a.VIPs, State: a.State.String(), SnapshotId: a.SnapshotID, RestoreRequested: a.RestoreRequested,
 			Connections: a.Connections, BytesIn: a.BytesIn, BytesOut: a.BytesOut, KeptBytes: a.Kept,
 			PendingSyns: uint32(a.PendingSyns), Reasons: a.Reasons,
+			IncludePorts: widened(a.Include), OutgoingPorts: widened(a.Outgoing), ExcludePorts: widened(a.Exclude),
+			IncludeAddresses: prefixTexts(a.IncludeAddresses), ExcludeAddresses: prefixTexts(a.ExcludeAddresses),
 		})
 	}
 	for name, a := range cfg.Apps { // configured, and unknown on this node
@@ -394,4 +396,20 @@ func (s service) Wait(ctx context.Context, r *connect.Request[pb.WaitRequest]) (
 		return nil, s.failure(m.App, err)
 	}
 	return connect.NewResponse(&pb.AppReply{App: m.App, State: m.State}), nil
+}
+
+func widened(ports []uint16) []uint32 {
+	out := make([]uint32, len(ports))
+	for i, p := range ports {
+		out[i] = uint32(p)
+	}
+	return out
+}
+
+func prefixTexts(list []netip.Prefix) []string {
+	out := make([]string, len(list))
+	for i, p := range list {
+		out[i] = p.String()
+	}
+	return out
 }

@@ -1,6 +1,9 @@
 package filter
 
 import (
+	"net/netip"
+	"slices"
+
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
 )
 
@@ -72,6 +75,9 @@ type AppStatus struct {
 	Kept                  uint32
 	PendingSyns           int
 	Reasons               map[string]uint64
+
+	Include, Outgoing, Exclude         []uint16
+	IncludeAddresses, ExcludeAddresses []netip.Prefix
 }
 
 // StatusList answers Status.
@@ -88,7 +94,9 @@ func (e *Engine) status(name string) (any, error) {
 		}
 		s := AppStatus{Name: a.name, State: a.state, SnapshotID: a.snapID, RestoreRequested: a.wake,
 			Connections: map[string]uint32{}, BytesIn: a.bytesIn, BytesOut: a.bytesOut,
-			PendingSyns: len(a.syns), Reasons: map[string]uint64{}}
+			PendingSyns: len(a.syns), Reasons: map[string]uint64{},
+			Include: slices.Clone(a.include), Outgoing: slices.Clone(a.outgoing), Exclude: slices.Clone(a.exclude),
+			IncludeAddresses: slices.Clone(a.includeNets), ExcludeAddresses: slices.Clone(a.excludeNets)}
 		for _, v := range a.vips {
 			s.VIPs = append(s.VIPs, v.String())
 		}

@@ -1838,6 +1838,12 @@ type AppStatus struct {
 	KeptBytes        uint32                 `protobuf:"varint,9,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`
 	PendingSyns      uint32                 `protobuf:"varint,10,opt,name=pending_syns,json=pendingSyns,proto3" json:"pending_syns,omitempty"`
 	Reasons          map[string]uint64      `protobuf:"bytes,11,rep,name=reasons,proto3" json:"reasons,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// What the filter looks at, as REGISTER has told it.
+	IncludePorts     []uint32 `protobuf:"varint,12,rep,packed,name=include_ports,json=includePorts,proto3" json:"include_ports,omitempty"`
+	OutgoingPorts    []uint32 `protobuf:"varint,13,rep,packed,name=outgoing_ports,json=outgoingPorts,proto3" json:"outgoing_ports,omitempty"`
+	ExcludePorts     []uint32 `protobuf:"varint,14,rep,packed,name=exclude_ports,json=excludePorts,proto3" json:"exclude_ports,omitempty"`
+	IncludeAddresses []string `protobuf:"bytes,15,rep,name=include_addresses,json=includeAddresses,proto3" json:"include_addresses,omitempty"` // prefixes
+	ExcludeAddresses []string `protobuf:"bytes,16,rep,name=exclude_addresses,json=excludeAddresses,proto3" json:"exclude_addresses,omitempty"`
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1945,6 +1951,41 @@ func (x *AppStatus) GetPendingSyns() uint32 {
 func (x *AppStatus) GetReasons() map[string]uint64 {
 	if x != nil {
 		return x.Reasons
+	}
+	return nil
+}
+
+func (x *AppStatus) GetIncludePorts() []uint32 {
+	if x != nil {
+		return x.IncludePorts
+	}
+	return nil
+}
+
+func (x *AppStatus) GetOutgoingPorts() []uint32 {
+	if x != nil {
+		return x.OutgoingPorts
+	}
+	return nil
+}
+
+func (x *AppStatus) GetExcludePorts() []uint32 {
+	if x != nil {
+		return x.ExcludePorts
+	}
+	return nil
+}
+
+func (x *AppStatus) GetIncludeAddresses() []string {
+	if x != nil {
+		return x.IncludeAddresses
+	}
+	return nil
+}
+
+func (x *AppStatus) GetExcludeAddresses() []string {
+	if x != nil {
+		return x.ExcludeAddresses
 	}
 	return nil
 }
@@ -3061,7 +3102,7 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12/\n" +
 	"\x05conns\x18\x03 \x03(\v2\x19.nfconnfilter.v1.ConnInfoR\x05conns\"!\n" +
 	"\rStatusRequest\x12\x10\n" +
-	"\x03app\x18\x01 \x01(\tR\x03app\"\x9f\x04\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\"\xea\x05\n" +
 	"\tAppStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04vips\x18\x02 \x03(\tR\x04vips\x12\x14\n" +
@@ -3076,7 +3117,12 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"kept_bytes\x18\t \x01(\rR\tkeptBytes\x12!\n" +
 	"\fpending_syns\x18\n" +
 	" \x01(\rR\vpendingSyns\x12A\n" +
-	"\areasons\x18\v \x03(\v2'.nfconnfilter.v1.AppStatus.ReasonsEntryR\areasons\x1a>\n" +
+	"\areasons\x18\v \x03(\v2'.nfconnfilter.v1.AppStatus.ReasonsEntryR\areasons\x12#\n" +
+	"\rinclude_ports\x18\f \x03(\rR\fincludePorts\x12%\n" +
+	"\x0eoutgoing_ports\x18\r \x03(\rR\routgoingPorts\x12#\n" +
+	"\rexclude_ports\x18\x0e \x03(\rR\fexcludePorts\x12+\n" +
+	"\x11include_addresses\x18\x0f \x03(\tR\x10includeAddresses\x12+\n" +
+	"\x11exclude_addresses\x18\x10 \x03(\tR\x10excludeAddresses\x1a>\n" +
 	"\x10ConnectionsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\x1a:\n" +
