@@ -30,7 +30,7 @@ func account(s *scope, socks []sockdiag.Socket, conns []*pb.ConnInfo, leftOut ma
 	}
 	for _, k := range socks {
 		name := pairName(k.Local.String(), k.Remote.String())
-		if leftOut[name] || s.sameHost(k) || !s.wants(k) {
+		if leftOut[name] || s.sameHost(k) || !known[name] && !s.wants(k) {
 			continue
 		}
 		if m := queues(k); len(m) > 0 {

@@ -3,7 +3,6 @@ package checkpoint
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"connectrpc.com/connect"
@@ -106,30 +105,8 @@ func (a *agent) adopt(ctx context.Context, app *config.App) (*pb.AdoptReply, err
 		return nil, err
 	}
 	req := &pb.AdoptRequest{App: app.Name, ListenPorts: scope.listenPorts(ls), ListedAtNs: ts.Nano()}
-	var others []sockdiag.Socket
-	for _, k := range all {
-		if !scope.sameHost(k) && scope.wants(k) {
-			req.Sockets = append(req.Sockets, socketMessage(k, scope.passive(k)))
-		} else {
-			others = append(others, k)
-		}
-	}
-	if len(others) > 0 {
-		// What the filter knows and is not told of is forgotten with its
-		// translation: the configuration may have changed since it was opened.
-		info, err := a.connInfo(ctx, app.Name)
-		if err != nil {
-			return nil, err
-		}
-		known := make(map[string]bool, len(info.Conns))
-		for _, c := range info.Conns {
-			known[pairName(c.Local, c.Remote)] = true
-		}
-		for _, k := range others {
-			if known[pairName(k.Local.String(), k.Remote.String())] {
-				req.Sockets = append(req.Sockets, socketMessage(k, scope.passive(k)))
-			}
-		}
+	if req.Sockets, _, err = scope.pick(all, forAdopt, func() (*pb.ConnInfoReply, error) { return a.connInfo(ctx, app.Name) }); err != nil {
+		return nil, err
 	}
 	r, err := a.filter.Adopt(ctx, connect.NewRequest(req))
 	if err != nil {
@@ -139,17 +116,4 @@ func (a *agent) adopt(ctx context.Context, app *config.App) (*pb.AdoptReply, err
 		a.log.Info("the filter was told of the application's sockets", "app", app.Name, "new", r.Msg.Adopted, "gone", r.Msg.Forgotten)
 	}
 	return r.Msg, nil
-}
-
-// listenPorts are those of the listeners that the filter looks at.
-func (s *scope) listenPorts(listeners []sockdiag.Socket) []uint32 {
-	var out []uint32
-	for _, l := range listeners {
-		p := uint32(l.Local.Port())
-		if (len(s.include) == 0 || slices.Contains(s.include, p)) && !slices.Contains(s.exclude, p) {
-			out = append(out, p)
-		}
-	}
-	slices.Sort(out)
-	return slices.Compact(out)
 }

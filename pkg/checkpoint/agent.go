@@ -117,12 +117,7 @@ func Run(ctx context.Context, o Options) error {
 	defer filter.Close()
 	a := newAgent(ctx, o, cfg, filter)
 	a.launch, a.addrs = launch, osAddresses{log: o.Logger}
-	a.openSockets = func(namespace string) (sockets, error) {
-		if namespace == "" {
-			return sockdiag.Open()
-		}
-		return sockdiag.OpenIn(namespacePath(namespace))
-	}
+	a.openSockets = openSockets
 	for _, f := range cfg.AllFaults() {
 		a.log.Error("application disabled", "fault", f.Error())
 	}

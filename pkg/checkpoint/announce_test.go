@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 )
 
@@ -25,5 +26,39 @@ func TestSecondLook(t *testing.T) {
 		if got := strings.Contains(w.trace(), "list ADOPT sockets=1 SNAPSHOTFREEZE"); got != changed || strings.Contains(w.trace(), control.RequestAdopt) != changed {
 			t.Errorf("changed %v: steps %s", changed, w.trace())
 		}
+	}
+}
+
+// Connections that the filter follows are told in both looks, also when the
+// configuration has been narrowed since: they would be forgotten.
+func TestSnapshotTellsKnown(t *testing.T) {
+	w, a := newWorld(t, 3)
+	w.state = control.StateRestored
+	a.cfg.Apps["redis"].IncludePorts = []uint16{7000}
+	// One that the filter does not know is left alone, as the configuration says.
+	w.socks = append(w.socks, sock("198.51.100.7:30000", sockdiag.Established))
+	w.hook["SNAPSHOTSTART"] = func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.socks, w.conns = w.socks[1:], w.conns[1:]
+	}
+	if _, err := snapshotOnce(t.Context(), a, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"SNAPSHOTSTART sockets=3,", "ADOPT sockets=2 SNAPSHOTFREEZE"} {
+		if !strings.Contains(w.trace(), want) {
+			t.Errorf("no %q in %s", want, w.trace())
+		}
+	}
+}
+
+// What such a connection has in its queues counts.
+func TestSnapshotAccountsForKnown(t *testing.T) {
+	w, a := newWorld(t, 1)
+	a.cfg.Apps["redis"].IncludePorts = []uint16{7000}
+	w.socks[0].RecvQ = 5
+	_, err := snapshotOnce(t.Context(), a, false)
+	if err == nil || !strings.Contains(err.Error(), "5 bytes not read by the application") {
+		t.Errorf("error %v", err)
 	}
 }

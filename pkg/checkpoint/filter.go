@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -134,72 +135,6 @@ func prefixes(list []netip.Prefix) []string {
 	return out
 }
 
-// scope tells which sockets are the application's connections: the same choice
-// that the filter makes.
-type scope struct {
-	vips                               []netip.Addr
-	include, exclude, outgoing         []uint32
-	includeAddresses, excludeAddresses []netip.Prefix
-	own                                []netip.Addr // addresses of this node
-	listening                          map[uint16]bool
-}
-
-func (a *agent) newScope(ctx context.Context, app *config.App, listeners []sockdiag.Socket) (*scope, error) {
-	own, err := a.addrs.local(app.Process.Namespace)
-	if err != nil {
-		return nil, fmt.Errorf("addresses of this node: %w", err)
-	}
-	all, err := a.filter.Status(ctx, connect.NewRequest(&pb.StatusRequest{}))
-	if err != nil {
-		return nil, filterError(err, app.Name, "STATUS")
-	}
-	for _, o := range all.Msg.Apps { // other VIPs may be in namespaces of this node
-		for _, v := range o.Vips {
-			if ip, err := netip.ParseAddr(v); err == nil && o.State != control.StateUnknown {
-				own = append(own, ip.Unmap())
-			}
-		}
-	}
-	f := a.config().Cluster.Filter
-	s := &scope{
-		vips:    app.VIPs,
-		include: ports(app.IncludePorts, f.IncludePorts), exclude: ports(app.ExcludePorts, f.ExcludePorts),
-		outgoing: ports(app.OutgoingPorts), includeAddresses: f.IncludeAddresses, excludeAddresses: f.ExcludeAddresses,
-		own: slices.Concat(own, app.VIPs), listening: map[uint16]bool{},
-	}
-	for _, l := range listeners {
-		s.listening[l.Local.Port()] = true
-	}
-	return s, nil
-}
-
-// sameHost tells that both ends are on this node: such a connection is never
-// filtered.
-func (s *scope) sameHost(k sockdiag.Socket) bool {
-	r := k.Remote.Addr().Unmap()
-	return r.IsLoopback() || slices.Contains(s.own, r)
-}
-
-// passive tells that local accepted the connection.
-func (s *scope) passive(k sockdiag.Socket) bool { return s.listening[k.Local.Port()] }
-
-// wants tells whether the filter looks at the connection.
-func (s *scope) wants(k sockdiag.Socket) bool {
-	has := func(list []uint32, p uint16) bool { return slices.Contains(list, uint32(p)) }
-	holds := func(list []netip.Prefix) bool {
-		return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(k.Remote.Addr().Unmap()) })
-	}
-	switch {
-	case has(s.exclude, k.Local.Port()), holds(s.excludeAddresses):
-		return false
-	case len(s.includeAddresses) > 0 && !holds(s.includeAddresses):
-		return false
-	case s.passive(k):
-		return len(s.include) == 0 || has(s.include, k.Local.Port())
-	}
-	return len(s.outgoing) == 0 || has(s.outgoing, k.Remote.Port())
-}
-
 // socketMessage is the socket as the filter is told about it.
 func socketMessage(k sockdiag.Socket, passive bool) *pb.Socket {
 	m := &pb.Socket{
@@ -212,11 +147,13 @@ func socketMessage(k sockdiag.Socket, passive bool) *pb.Socket {
 		m.SndWscale, m.RcvWscale = uint32(i.SndWScale), uint32(i.RcvWScale)
 		m.SndMss, m.AdvMss = i.SndMSS, i.AdvMSS
 		m.BytesAcked, m.BytesReceived, m.BytesSent = i.BytesAcked, i.BytesReceived, i.BytesSent
-		m.LastDataSentMs, m.LastDataRecvMs = uint32(i.LastDataSent.Milliseconds()), uint32(i.LastDataRecv.Milliseconds())
+		m.LastDataSentMs, m.LastDataRecvMs = milliseconds(i.LastDataSent), milliseconds(i.LastDataRecv)
 		m.RcvSpace = i.RcvSpace
 	}
 	return m
 }
+
+func milliseconds(d time.Duration) uint32 { return uint32(min(max(d.Milliseconds(), 0), 1<<32-1)) }
 
 // pairName names a connection as messages do.
 func pairName(local, remote string) string { return local + " " + remote }

@@ -183,20 +183,17 @@ func (r *snapshotRun) announce() error {
 		return err
 	}
 	req := &pb.SnapshotStartRequest{App: r.app.Name, LeaveOut: r.force, ListenPorts: r.scope.listenPorts(ls)}
+	var others []sockdiag.Socket
+	if req.Sockets, others, err = r.scope.pick(all, forSnapshot, r.known); err != nil {
+		return err
+	}
 	sameHost := 0
-	for _, k := range all {
-		switch {
-		case r.scope.sameHost(k):
+	for _, k := range others {
+		if r.scope.sameHost(k) {
 			// Its two ends are both here: seen from the VIP each shows up.
-			if k.State == sockdiag.TimeWait {
-				continue
-			}
 			sameHost++
 			r.notes = append(r.notes, fmt.Sprintf("a connection within this node is not kept: %v", k))
 			r.a.log.Warn("connection within this node is not kept", "app", r.app.Name, "socket", k.String())
-		case k.State == sockdiag.TimeWait: // both sides are done with it
-		case r.scope.wants(k):
-			req.Sockets = append(req.Sockets, socketMessage(k, r.scope.passive(k)))
 		}
 	}
 	r.op.note("%d connections, %d within this node are not kept", len(req.Sockets), sameHost)
@@ -212,6 +209,9 @@ func (r *snapshotRun) announce() error {
 	return r.lookAgain(req.Sockets)
 }
 
+// known asks the filter which connections it follows.
+func (r *snapshotRun) known() (*pb.ConnInfoReply, error) { return r.a.connInfo(r.op.ctx, r.app.Name) }
+
 // lookAgain tells the filter where a socket has changed between the list and
 // the answer to SNAPSHOTSTART, from which on everything is captured: a close
 // that passed unseen would leave a connection that is held as open.
@@ -224,14 +224,13 @@ func (r *snapshotRun) lookAgain(before []*pb.Socket) error {
 	if err != nil {
 		return err
 	}
-	state := make(map[string]string, len(all))
 	req := &pb.AdoptRequest{App: r.app.Name, ListedAtNs: ts.Nano()}
-	for _, k := range all {
-		if k.State != sockdiag.TimeWait && !r.scope.sameHost(k) && r.scope.wants(k) {
-			m := socketMessage(k, r.scope.passive(k))
-			state[pairName(m.Local, m.Remote)] = m.State
-			req.Sockets = append(req.Sockets, m)
-		}
+	if req.Sockets, _, err = r.scope.pick(all, forSnapshot, r.known); err != nil {
+		return err
+	}
+	state := make(map[string]string, len(all))
+	for _, m := range req.Sockets {
+		state[pairName(m.Local, m.Remote)] = m.State
 	}
 	if !slices.ContainsFunc(before, func(m *pb.Socket) bool { return state[pairName(m.Local, m.Remote)] != m.State }) {
 		return nil
