@@ -124,6 +124,13 @@ func (f *fakeFilter) SnapshotStart(ctx context.Context, r *connect.Request[nfcon
 	}
 	return connect.NewResponse(&nfconnfilterv1.LearnReply{App: r.Msg.App, State: "SNAPSHOTSTART", Learned: 1, Unlearned: []string{"a b: c"}}), nil
 }
+func (f *fakeFilter) Adopt(_ context.Context, r *connect.Request[nfconnfilterv1.AdoptRequest]) (*connect.Response[nfconnfilterv1.AdoptReply], error) {
+	f.note("Adopt", r.Msg)
+	if f.err != nil {
+		return nil, f.err
+	}
+	return connect.NewResponse(&nfconnfilterv1.AdoptReply{App: r.Msg.App, State: "RESTORED", Adopted: 1, Forgotten: 2}), nil
+}
 func (f *fakeFilter) GetConnCount(_ context.Context, r *connect.Request[nfconnfilterv1.AppRequest]) (*connect.Response[nfconnfilterv1.ConnCountReply], error) {
 	f.note("GetConnCount", r.Msg)
 	if f.err != nil {

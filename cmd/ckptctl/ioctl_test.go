@@ -11,6 +11,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
+	"github.com/nfconnfilter/nfconnfilter/pkg/checkpoint"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 	nfconnfilterv1 "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
@@ -82,23 +83,34 @@ func TestIoctlConnInfo(t *testing.T) {
 
 func TestIoctlSnapshotStart(t *testing.T) {
 	r := newRig(t)
-	r.filter.status = &nfconnfilterv1.StatusReply{Apps: []*nfconnfilterv1.AppStatus{{Name: "redis", Vips: []string{"192.0.2.100"}}}}
+	r.filter.status = &nfconnfilterv1.StatusReply{Apps: []*nfconnfilterv1.AppStatus{
+		{Name: "redis", Vips: []string{"192.0.2.100"}, State: "CONNECTED", IncludePorts: []uint32{80, 6379}, ExcludePorts: []uint32{22},
+			ExcludeAddresses: []string{"203.0.113.128/25"}},
+		{Name: "web", Vips: []string{"192.0.2.101"}, State: "CONNECTED"},
+	}}
 	ap := netip.MustParseAddrPort
 	old := findSockets
 	defer func() { findSockets = old }()
 	var asked []netip.Addr
 	var namespace string
-	findSockets = func(ns string, vips []netip.Addr) ([]sockdiag.Socket, []sockdiag.Socket, error) {
+	up := func(local, remote string) sockdiag.Socket {
+		return sockdiag.Socket{Local: ap(local), Remote: ap(remote), State: sockdiag.Established}
+	}
+	findSockets = func(ns string, vips []netip.Addr) (checkpoint.Found, error) {
 		asked, namespace = vips, ns
-		return []sockdiag.Socket{
-				{Local: ap("192.0.2.100:6379"), Remote: ap("198.51.100.7:4000"), State: sockdiag.Established, RecvQ: 1, SendQ: 2, Info: &sockdiag.TCPInfo{
-					Options: sockdiag.Options{Timestamps: true, SACK: true, WScale: true}, SndWScale: 7, RcvWScale: 8, SndMSS: 1448, AdvMSS: 1460,
-					BytesAcked: 10, BytesReceived: 11, BytesSent: 12, LastDataSent: 13 * time.Millisecond, LastDataRecv: 60 * 24 * time.Hour, RcvSpace: 14600}},
-				{Local: ap("192.0.2.100:6379"), Remote: ap("198.51.100.7:4001"), State: sockdiag.TimeWait},
-				{Local: ap("192.0.2.100:50000"), Remote: ap("203.0.113.1:443"), State: sockdiag.CloseWait},
-			}, []sockdiag.Socket{
-				{Local: ap("[::]:6379"), State: sockdiag.Listen}, {Local: ap("192.0.2.100:6379"), State: sockdiag.Listen}, {Local: ap("0.0.0.0:80"), State: sockdiag.Listen},
-			}, nil
+		return checkpoint.Found{Own: []netip.Addr{netip.MustParseAddr("192.0.2.11")}, Sockets: []sockdiag.Socket{
+			{Local: ap("192.0.2.100:6379"), Remote: ap("198.51.100.7:4000"), State: sockdiag.Established, RecvQ: 1, SendQ: 2, Info: &sockdiag.TCPInfo{
+				Options: sockdiag.Options{Timestamps: true, SACK: true, WScale: true}, SndWScale: 7, RcvWScale: 8, SndMSS: 1448, AdvMSS: 1460,
+				BytesAcked: 10, BytesReceived: 11, BytesSent: 12, LastDataSent: 13 * time.Millisecond, LastDataRecv: 60 * 24 * time.Hour, RcvSpace: 14600}},
+			{Local: ap("192.0.2.100:6379"), Remote: ap("198.51.100.7:4001"), State: sockdiag.TimeWait},
+			{Local: ap("192.0.2.100:50000"), Remote: ap("203.0.113.1:443"), State: sockdiag.CloseWait},
+			up("192.0.2.100:22", "198.51.100.7:4002"), up("192.0.2.100:9000", "198.51.100.7:4003"), // by port
+			up("192.0.2.100:6379", "203.0.113.200:4004"), // by address
+			up("192.0.2.100:6379", "192.0.2.11:4005"), up("192.0.2.100:6379", "192.0.2.101:4006"), up("192.0.2.100:6379", "192.0.2.100:4007"),
+		}, Listeners: []sockdiag.Socket{
+			{Local: ap("[::]:6379"), State: sockdiag.Listen}, {Local: ap("192.0.2.100:6379"), State: sockdiag.Listen}, {Local: ap("0.0.0.0:80"), State: sockdiag.Listen},
+			{Local: ap("0.0.0.0:22"), State: sockdiag.Listen}, {Local: ap("0.0.0.0:9000"), State: sockdiag.Listen},
+		}}, nil
 	}
 	r.want(0, `{"app":"redis","state":"SNAPSHOTSTART","learned":1,"unlearned":["a b: c"]}`+"\n", "ioctl", "SNAPSHOTSTART", "redis", "-o", "json", "--leave-out", "--learn-timeout", "3s", "--namespace", "blue")
 	want := `SnapshotStart app:"redis" sockets:{local:"192.0.2.100:6379" remote:"198.51.100.7:4000" state:"ESTABLISHED" passive:true recv_queue:1 send_queue:2 has_info:true ` +
@@ -113,13 +125,39 @@ func TestIoctlSnapshotStart(t *testing.T) {
 	if got := r.want(0, "redis: SNAPSHOTSTART, 1 connections learned, 1 not\n", "ioctl", "SNAPSHOTSTART", "redis"); got.err != "not learned: a b: c\n" {
 		t.Errorf("standard error %q", got.err)
 	}
-	if got := r.do("ioctl", "SNAPSHOTSTART", "web"); got.code != 2 || !strings.Contains(got.err, "REGISTER makes it known") {
+	if got := r.do("ioctl", "SNAPSHOTSTART", "mail"); got.code != 2 || !strings.Contains(got.err, "REGISTER makes it known") {
 		t.Errorf("unknown application: %+v", got)
 	}
-	findSockets = func(string, []netip.Addr) ([]sockdiag.Socket, []sockdiag.Socket, error) {
-		return nil, nil, errors.New("no such namespace")
+	findSockets = func(string, []netip.Addr) (checkpoint.Found, error) {
+		return checkpoint.Found{}, errors.New("no such namespace")
 	}
 	if got := r.do("ioctl", "SNAPSHOTSTART", "redis"); got.code != 1 || !strings.Contains(got.err, "cannot be listed") {
 		t.Errorf("no sockets: %+v", got)
+	}
+}
+
+// ADOPT tells what the agent would tell: what the filter looks at, and what it
+// follows already.
+func TestIoctlAdopt(t *testing.T) {
+	r := newRig(t)
+	r.filter.status = &nfconnfilterv1.StatusReply{Apps: []*nfconnfilterv1.AppStatus{{Name: "redis", Vips: []string{"192.0.2.100"}, State: "RESTORED", IncludePorts: []uint32{6379}}}}
+	r.filter.conns = []*nfconnfilterv1.ConnInfo{{Local: "192.0.2.100:6380", Remote: "198.51.100.7:4001", Translated: true}}
+	old := findSockets
+	defer func() { findSockets = old }()
+	findSockets = func(string, []netip.Addr) (checkpoint.Found, error) {
+		var f checkpoint.Found
+		for i, local := range []string{"192.0.2.100:6379", "192.0.2.100:6380", "192.0.2.100:6380"} {
+			f.Sockets = append(f.Sockets, sockdiag.Socket{Local: netip.MustParseAddrPort(local),
+				Remote: netip.AddrPortFrom(netip.MustParseAddr("198.51.100.7"), uint16(4000+i)), State: sockdiag.Established})
+			f.Listeners = append(f.Listeners, sockdiag.Socket{Local: netip.MustParseAddrPort(local), State: sockdiag.Listen})
+		}
+		return f, nil
+	}
+	r.want(0, "redis: RESTORED, 1 connections adopted, 2 forgotten\n", "ioctl", "ADOPT", "redis")
+	got, _, _ := strings.Cut(r.filter.last(), " listed_at_ns")
+	want := `Adopt app:"redis" sockets:{local:"192.0.2.100:6379" remote:"198.51.100.7:4000" state:"ESTABLISHED" passive:true} ` +
+		`sockets:{local:"192.0.2.100:6380" remote:"198.51.100.7:4001" state:"ESTABLISHED" passive:true} listen_ports:6379`
+	if got != want {
+		t.Errorf("sent %s\nwant %s", got, want)
 	}
 }
