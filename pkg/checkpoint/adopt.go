@@ -25,17 +25,12 @@ const (
 // keepAdopted tells the filter of the sockets of running applications, at
 // once after a start of it and now and then, until ctx ends.
 func (a *agent) keepAdopted(ctx context.Context) {
-	var instance string
-	var last time.Time
+	s := adoptions{}
 	tick := time.NewTicker(adoptLook)
 	defer tick.Stop()
 	for {
 		if st, err := a.filter.Status(ctx, connect.NewRequest(&pb.StatusRequest{})); err == nil {
-			if st.Msg.Instance != instance || time.Since(last) >= adoptEvery {
-				if a.adoptAll(ctx, st.Msg.Apps) {
-					instance, last = st.Msg.Instance, time.Now()
-				}
-			}
+			a.adoptDue(ctx, &s, st.Msg, time.Now())
 		}
 		select {
 		case <-ctx.Done():
@@ -45,26 +40,64 @@ func (a *agent) keepAdopted(ctx context.Context) {
 	}
 }
 
-// adoptAll looks at every running application that nothing is done with. It
-// tells whether it got everywhere.
-func (a *agent) adoptAll(ctx context.Context, apps []*pb.AppStatus) bool {
-	all := true
-	for _, st := range apps {
-		app := a.config().Apps[st.Name]
-		running := st.State == control.StateConnected || st.State == control.StateRestored
-		if app == nil || !running || a.busy(st.Name) {
+// adoptions is what keepAdopted knows of earlier times.
+type adoptions struct {
+	instance string // of the filter
+	apps     map[string]adoption
+}
+
+// adoption is how the last one of an application went.
+type adoption struct {
+	next time.Time     // when it is due again
+	wait time.Duration // until then, after a failure
+	said string        // the failure that is in the log
+}
+
+// failed puts the next one off, ever longer.
+func (d *adoption) failed(now time.Time, err error) {
+	d.wait = min(max(2*d.wait, adoptLook), adoptEvery)
+	if errors.Is(err, errElsewhere) { // it is not here soon
+		d.wait = adoptEvery
+	}
+	d.next = now.Add(d.wait)
+}
+
+// adoptDue looks at every running application that is due and that nothing is
+// done with.
+func (a *agent) adoptDue(ctx context.Context, s *adoptions, st *pb.StatusReply, now time.Time) {
+	fresh := s.instance != st.Instance
+	s.instance = st.Instance
+	was := s.apps
+	s.apps = make(map[string]adoption, len(st.Apps))
+	for _, p := range st.Apps {
+		app := a.config().Apps[p.Name]
+		running := p.State == control.StateConnected || p.State == control.StateRestored
+		if app == nil || !running {
+			continue
+		}
+		d := was[p.Name]
+		if a.busy(p.Name) || !fresh && now.Before(d.next) {
+			s.apps[p.Name] = d
 			continue
 		}
 		_, err := a.adopt(ctx, app)
-		if connect.CodeOf(err) == connect.CodeFailedPrecondition { // an operation has begun
-			continue
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err == nil && d.said != "":
+			a.log.Info("the filter is told of the application's sockets again", "app", p.Name)
+			fallthrough
+		case err == nil, connect.CodeOf(err) == connect.CodeFailedPrecondition: // an operation has begun
+			d = adoption{next: now.Add(adoptEvery)}
+		default:
+			d.failed(now, err)
+			if text := err.Error(); text != d.said {
+				d.said = text
+				a.log.Warn("the filter was not told of the application's sockets; it is tried again, ever more seldom", "app", p.Name, "err", err)
+			}
 		}
-		if err != nil && ctx.Err() == nil {
-			a.log.Warn("the filter was not told of the application's sockets", "app", st.Name, "err", err)
-			all = all && errors.Is(err, errElsewhere) // it is not elsewhere soon
-		}
+		s.apps[p.Name] = d
 	}
-	return all
 }
 
 func (a *agent) busy(app string) bool {
