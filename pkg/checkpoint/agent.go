@@ -148,6 +148,9 @@ func (a *agent) serve(ctx context.Context) error {
 	defer cancel()
 	a.root = ctx
 	node := a.config().Node
+	if err := checkRecords(node.StateDir); err != nil {
+		return err
+	}
 	l, err := control.Listen(node.AgentSocket, node.ControlGroup)
 	if err != nil {
 		return err

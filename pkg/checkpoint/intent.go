@@ -30,19 +30,15 @@ type intent struct {
 type intents struct{ stateDir string }
 
 func (s intents) path(app string) string {
-	return filepath.Join(s.stateDir, "agent", app+".op.json")
+	return filepath.Join(s.stateDir, recordsDir, app+".op.json")
 }
 
 // save writes an intent durably.
 func (s intents) save(in intent) error {
 	in.BootID = cmp.Or(in.BootID, bootID())
-	path := s.path(in.App)
 	b, err := json.Marshal(in)
 	if err == nil {
-		err = os.MkdirAll(filepath.Dir(path), 0o700)
-	}
-	if err == nil {
-		err = writeAtomic(path, append(b, '\n'), 0o600)
+		err = writePrivate(s.stateDir, filepath.Base(s.path(in.App)), append(b, '\n'))
 	}
 	if err != nil {
 		return fmt.Errorf("record of the %s of %s: %w", in.Op, in.App, err)
@@ -54,7 +50,7 @@ func (s intents) save(in intent) error {
 // when nothing. One that cannot be read counts as none: state and process
 // decide alone.
 func (s intents) load(app string) (*intent, error) {
-	b, err := os.ReadFile(s.path(app))
+	b, err := readPrivate(s.stateDir, filepath.Base(s.path(app)))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
@@ -69,9 +65,5 @@ func (s intents) load(app string) (*intent, error) {
 }
 
 func (s intents) clear(app string) error {
-	err := os.Remove(s.path(app))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	return err
+	return removePrivate(s.stateDir, filepath.Base(s.path(app)))
 }

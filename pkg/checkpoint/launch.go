@@ -51,7 +51,7 @@ func (l *osLauncher) logPath(app *config.App) string {
 	p := app.Process.LogFile
 	switch {
 	case p == "":
-		return filepath.Join(l.stateDir, "log", app.Name+".log")
+		return filepath.Join(l.stateDir, logsDir, app.Name+".log")
 	case !filepath.IsAbs(p) && app.Process.WorkingDirectory != "":
 		return filepath.Join(app.Process.WorkingDirectory, p)
 	}
@@ -59,18 +59,18 @@ func (l *osLauncher) logPath(app *config.App) string {
 }
 
 func (l *osLauncher) openLog(app *config.App) (*os.File, error) {
-	path := l.logPath(app)
-	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
-		return nil, fmt.Errorf("log of %s: %w", app.Name, err)
+	var f *os.File
+	var err error
+	if app.Process.LogFile == "" {
+		f, err = openPrivateLog(l.stateDir, app.Name+".log")
+	} else {
+		f, err = openLogAt(l.logPath(app))
 	}
-	// O_NOFOLLOW: the directory may belong to the application's user.
-	// O_NONBLOCK: so may the file, and a pipe would be waited for.
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
 	if err != nil {
 		return nil, fmt.Errorf("log of %s: %w", app.Name, err)
 	}
-	if fi, err := f.Stat(); err != nil || fi.Mode().Type()&^(os.ModeDevice|os.ModeCharDevice) != 0 {
-		return nil, errors.Join(fmt.Errorf("log of %s: %s is no file; remove it", app.Name, path), err, f.Close())
+	if err := plainLog(f); err != nil {
+		return nil, errors.Join(fmt.Errorf("log of %s: %w", app.Name, err), f.Close())
 	}
 	return f, nil
 }
@@ -320,6 +320,9 @@ func readPidFile(path string) (int, os.FileInfo, error) {
 	}
 	if !fi.Mode().IsRegular() {
 		return 0, nil, fmt.Errorf("pid_file %s is no regular file; remove it", path)
+	}
+	if fi.Sys().(*syscall.Stat_t).Nlink != 1 {
+		return 0, nil, fmt.Errorf("pid_file %s has more than one name, it may be another program's; remove it", path)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, 64))
 	if err != nil {

@@ -37,14 +37,14 @@ func bootID() string {
 }
 
 func recordPath(stateDir, app string) string {
-	return filepath.Join(stateDir, "agent", app+".json")
+	return filepath.Join(stateDir, recordsDir, app+".json")
 }
 
 // loadRecord reads an application's record; nil when there is none of this
 // boot.
 func loadRecord(stateDir, app string) (*record, error) {
 	path := recordPath(stateDir, app)
-	b, err := os.ReadFile(path)
+	b, err := readPrivate(stateDir, filepath.Base(path))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
@@ -65,55 +65,13 @@ func loadRecord(stateDir, app string) (*record, error) {
 }
 
 func saveRecord(stateDir string, r record) error {
-	path := recordPath(stateDir, r.App)
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return err
-	}
 	b, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}
-	return writeAtomic(path, append(b, '\n'), 0o600)
+	return writePrivate(stateDir, filepath.Base(recordPath(stateDir, r.App)), append(b, '\n'))
 }
 
 func removeRecord(stateDir, app string) error {
-	err := os.Remove(recordPath(stateDir, app))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	return err
-}
-
-// writeAtomic replaces a file as a whole and durably.
-func writeAtomic(path string, b []byte, mode os.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // gone already when all went well
-	if err := errors.Join(writeAndSync(f, b, mode), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func writeAndSync(f *os.File, b []byte, mode os.FileMode) error {
-	if err := f.Chmod(mode); err != nil {
-		return err
-	}
-	if _, err := f.Write(b); err != nil {
-		return err
-	}
-	return f.Sync()
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return removePrivate(stateDir, filepath.Base(recordPath(stateDir, app)))
 }

@@ -40,8 +40,17 @@ type Manifest struct {
 	Files map[string]string `json:"files"`
 }
 
-// store keeps snapshots below DIR/snapshots.
+// store keeps snapshots below DIR/snapshots. It leaves that directory by no
+// link.
 type store struct{ dir string }
+
+// open makes the store where it is missing.
+func (s store) open() (*os.Root, error) {
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return nil, err
+	}
+	return os.OpenRoot(s.dir)
+}
 
 // newSnapshotID makes an ID that sorts by time; two nodes never make the same.
 func newSnapshotID(now time.Time) string {
@@ -60,30 +69,33 @@ func validSnapshotID(id string) bool {
 
 // pendingSnapshot is a snapshot being written beside its final place.
 type pendingSnapshot struct {
-	temp, final string
+	store       store
+	temp, final string // below the store's directory
 	manifest    Manifest
 }
 
 // begin makes the directory of a new snapshot and writes what is known, so
 // that a full or read-only disk shows before the application is gone.
 func (s store) begin(m Manifest, conns *nfconnfilterv1.ConnInfoReply) (*pendingSnapshot, error) {
-	app := filepath.Join(s.dir, m.App)
-	if err := os.MkdirAll(app, 0o700); err != nil {
-		return nil, fmt.Errorf("snapshot store: %w", err)
+	dir, err := s.open()
+	if err == nil {
+		defer dir.Close()
+		err = dir.MkdirAll(m.App, 0o700)
 	}
-	m.Version = manifestVersion
-	p := &pendingSnapshot{final: filepath.Join(app, m.ID), manifest: m}
-	if _, err := os.Stat(p.final); err == nil { // an earlier agent got that far
-		if err := os.RemoveAll(p.final); err != nil {
-			return nil, fmt.Errorf("snapshot store: %w", err)
-		}
-	}
-	temp, err := os.MkdirTemp(app, ".new-"+m.ID+"-") // mode 0700
 	if err != nil {
 		return nil, fmt.Errorf("snapshot store: %w", err)
 	}
-	p.temp = temp
-	if err := p.write(conns); err != nil {
+	m.Version = manifestVersion
+	p := &pendingSnapshot{store: s, final: filepath.Join(m.App, m.ID), manifest: m}
+	// An earlier agent may have got that far.
+	if err := dir.RemoveAll(p.final); err != nil {
+		return nil, fmt.Errorf("snapshot store: %w", err)
+	}
+	p.temp = filepath.Join(m.App, ".new-"+m.ID+"-"+randomHex(4))
+	if err := dir.Mkdir(p.temp, 0o700); err != nil {
+		return nil, fmt.Errorf("snapshot store: %w", err)
+	}
+	if err := p.write(dir, conns); err != nil {
 		p.discard()
 		return nil, err
 	}
@@ -91,7 +103,7 @@ func (s store) begin(m Manifest, conns *nfconnfilterv1.ConnInfoReply) (*pendingS
 }
 
 // write puts both files down durably.
-func (p *pendingSnapshot) write(conns *nfconnfilterv1.ConnInfoReply) error {
+func (p *pendingSnapshot) write(dir *os.Root, conns *nfconnfilterv1.ConnInfoReply) error {
 	b, err := protojson.MarshalOptions{Multiline: true, UseProtoNames: true}.Marshal(conns)
 	if err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
@@ -102,9 +114,9 @@ func (p *pendingSnapshot) write(conns *nfconnfilterv1.ConnInfoReply) error {
 	if err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
 	}
-	err = writeAtomic(filepath.Join(p.temp, connectionsFile), b, 0o600)
+	err = writeAtomic(dir, filepath.Join(p.temp, connectionsFile), b, 0o600)
 	if err == nil {
-		err = writeAtomic(filepath.Join(p.temp, manifestFile), append(m, '\n'), 0o600)
+		err = writeAtomic(dir, filepath.Join(p.temp, manifestFile), append(m, '\n'), 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
@@ -115,23 +127,31 @@ func (p *pendingSnapshot) write(conns *nfconnfilterv1.ConnInfoReply) error {
 // commit gives the snapshot its name: it is there as a whole or not at all.
 // Connections that have changed since begin are written before; nil: none.
 func (p *pendingSnapshot) commit(conns *nfconnfilterv1.ConnInfoReply) error {
+	dir, err := p.store.open()
+	if err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
+	}
+	defer dir.Close()
 	if conns != nil {
-		if err := p.write(conns); err != nil {
+		if err := p.write(dir, conns); err != nil {
 			return err
 		}
 	}
-	if err := os.Rename(p.temp, p.final); err != nil {
+	if err := dir.Rename(p.temp, p.final); err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
 	}
-	for _, dir := range []string{filepath.Dir(p.final), filepath.Dir(filepath.Dir(p.final))} {
-		if err := syncDir(dir); err != nil {
-			return fmt.Errorf("snapshot store: %w", err)
-		}
+	if err := errors.Join(syncDir(dir, filepath.Dir(p.final)), syncDir(dir, ".")); err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
 	}
 	return nil
 }
 
-func (p *pendingSnapshot) discard() { _ = os.RemoveAll(p.temp) }
+func (p *pendingSnapshot) discard() {
+	if dir, err := p.store.open(); err == nil {
+		defer dir.Close()
+		_ = dir.RemoveAll(p.temp)
+	}
+}
 
 // list gives an application's snapshots, oldest first; "" all applications'.
 // A damaged one is left out of the list and named in the error.
@@ -184,9 +204,18 @@ func (s store) ids(app string) ([]string, error) {
 	return ids, nil
 }
 
+func (s store) read(app, id, name string) ([]byte, error) {
+	dir, err := os.OpenRoot(s.dir)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	return dir.ReadFile(filepath.Join(app, id, name))
+}
+
 func (s store) readManifest(app, id string) (*Manifest, error) {
 	path := filepath.Join(s.dir, app, id, manifestFile)
-	b, err := os.ReadFile(path)
+	b, err := s.read(app, id, manifestFile)
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %s of %s: %w", id, app, err)
 	}
@@ -221,7 +250,7 @@ func (s store) load(app, id string) (*Manifest, *nfconnfilterv1.ConnInfoReply, e
 			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: its manifest names %q", id, app, name)
 		}
 		path := filepath.Join(s.dir, app, id, name)
-		b, err := os.ReadFile(path)
+		b, err := s.read(app, id, name)
 		if err != nil {
 			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: %w", id, app, err)
 		}
@@ -244,15 +273,20 @@ func (s store) prune(app, current string) error {
 	if err != nil {
 		return err
 	}
+	dir, err := s.open()
+	if err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
+	}
+	defer dir.Close()
 	for len(ids) > keepSnapshots {
 		if ids[0] != current {
-			err = errors.Join(err, os.RemoveAll(filepath.Join(s.dir, app, ids[0])))
+			err = errors.Join(err, dir.RemoveAll(filepath.Join(app, ids[0])))
 		}
 		ids = ids[1:]
 	}
 	left, _ := filepath.Glob(filepath.Join(s.dir, app, ".new-*"))
-	for _, dir := range left {
-		err = errors.Join(err, os.RemoveAll(dir))
+	for _, path := range left {
+		err = errors.Join(err, dir.RemoveAll(filepath.Join(app, filepath.Base(path))))
 	}
 	return err
 }

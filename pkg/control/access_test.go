@@ -319,3 +319,25 @@ func TestPeerOf(t *testing.T) {
 		}
 	}
 }
+
+// Another user who may write the socket's directory puts a link in its place:
+// what it leads to is left as it is.
+func TestSocketReplacedByLink(t *testing.T) {
+	dir := t.TempDir()
+	secret := filepath.Join(dir, "secret")
+	if err := os.WriteFile(secret, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "agent.sock")
+	if err := os.Symlink(secret, path); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{path, secret} {
+		if _, err := giveTo(p, os.Getgid()); err == nil || !strings.Contains(err.Error(), "something else in its place") {
+			t.Errorf("%s: %v", p, err)
+		}
+	}
+	if st, err := os.Stat(secret); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", st.Mode(), err)
+	}
+}

@@ -60,16 +60,37 @@ func Listen(path, group string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
-	if gid >= 0 {
-		if err := os.Chown(path, -1, gid); err != nil {
-			warning = fmt.Sprintf("socket %s: group %s cannot be given (%v), only root may use it: run the daemon as root or as a member of the group", path, group, err)
-		}
+	refused, err := giveTo(path, gid)
+	if refused != nil {
+		warning = fmt.Sprintf("socket %s: group %s cannot be given (%v), only root may use it: run the daemon as root or as a member of the group", path, group, refused)
 	}
-	if err := os.Chmod(path, socketMode); err != nil {
+	if err != nil {
 		l.Close()
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
 	return &listener{UnixListener: l, warning: warning}, nil
+}
+
+// giveTo sets group and mode of the socket at path. The directory may belong
+// to another user, who could put a link in its place meanwhile: what is opened
+// is looked at, and changed by what is open.
+func giveTo(path string, gid int) (refused, err error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFSOCK || int(st.Uid) != os.Geteuid() || st.Nlink != 1 {
+		return nil, errors.New("somebody has put something else in its place; look at who may write its directory")
+	}
+	if gid >= 0 {
+		refused = unix.Fchownat(fd, "", -1, gid, unix.AT_EMPTY_PATH)
+	}
+	return refused, os.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), socketMode)
 }
 
 // Warning returns what went less than well in Listen, for the caller to log;
@@ -95,7 +116,7 @@ func makeDir(dir string, gid int) error {
 	}
 	if gid >= 0 {
 		// A refusal shows again, and is reported, at the socket itself.
-		_ = os.Chown(dir, -1, gid)
+		_ = os.Lchown(dir, -1, gid)
 	}
 	return nil
 }
