@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
@@ -109,7 +110,9 @@ func TestPlantedRecords(t *testing.T) {
 				}
 				_, a := newWorld(t, 0)
 				a.cfg.Node.StateDir, a.cfg.Node.AgentSocket = state, filepath.Join(t.TempDir(), "agent.sock")
-				if err := a.serve(t.Context()); err == nil || !strings.Contains(err.Error(), c.want) {
+				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+				defer cancel()
+				if err := a.serve(ctx); err == nil || !strings.Contains(err.Error(), c.want) {
 					t.Errorf("an agent serves: %v", err)
 				}
 			}
