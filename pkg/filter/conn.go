@@ -213,7 +213,8 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 	if s.Has(packet.SYN) {
 		return
 	}
-	if n := s.PayloadLen(); n > 0 {
+	speaks := s.PayloadLen() > 0
+	if speaks && !c.learned { // anybody's, for the time being
 		c.lastIn, c.last = now, remoteSpoke
 	}
 	if s.Has(packet.FIN) && !c.learned {
@@ -232,6 +233,9 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 		return
 	}
 	c.ackSeen = true
+	if speaks {
+		c.lastIn, c.last = now, remoteSpoke
+	}
 	if !c.inKnown || !c.ep.RcvNxt.Less(c.inEnd) {
 		c.inEnd, c.inKnown = c.ep.RcvNxt, true
 	}
