@@ -197,7 +197,7 @@ func (c *conn) record() *ConnRecord {
 // of that time is left. Effects hold the sets that belong to it. An error
 // names records that contradict each other; then nothing is taken up.
 func (e *Engine) Load(now Time, apps []AppRecord, conns []ConnRecord, flows func(ConnID) bool, rebooted bool, fx *Effects) error {
-	if err := checkRecords(apps, conns); err != nil {
+	if err := contradiction(apps, conns); err != nil {
 		return err
 	}
 	for i := range apps {
@@ -219,44 +219,6 @@ func (e *Engine) Load(now Time, apps []AppRecord, conns []ConnRecord, flows func
 		e.resume(now, a, rebooted, fx)
 	}
 	e.gather(fx)
-	return nil
-}
-
-// checkRecords names records that contradict each other or themselves.
-func checkRecords(apps []AppRecord, conns []ConnRecord) error {
-	byName, byVIP := make(map[string]*AppRecord, len(apps)), map[netip.Addr]string{}
-	for i := range apps {
-		r := &apps[i]
-		if r.Name == "" || len(r.VIPs) == 0 || byName[r.Name] != nil || r.State == appstate.Unknown || r.State > appstate.BlockData {
-			return fmt.Errorf("record of application %q is not valid", r.Name)
-		}
-		byName[r.Name] = r
-		for _, v := range r.VIPs {
-			if o, there := byVIP[v]; there {
-				return fmt.Errorf("records of applications %q and %q have the same VIP %v", o, r.Name, v)
-			}
-			if !v.IsValid() || v.Is4In6() {
-				return fmt.Errorf("record of application %q: %v is not a VIP", r.Name, v)
-			}
-			byVIP[v] = r.Name
-		}
-	}
-	seen := make(map[ConnID]bool, len(conns))
-	for i := range conns {
-		r := &conns[i]
-		l, m := r.ID.Local.Addr(), r.ID.Remote.Addr()
-		a := byName[r.App]
-		switch {
-		case a == nil:
-			return fmt.Errorf("record of connection %v %v belongs to application %q, which has none", r.ID.Local, r.ID.Remote, r.App)
-		case byVIP[l] != r.App || l.Is4() != m.Is4() || m.Is4In6() || !m.IsValid() || seen[r.ID]:
-			return fmt.Errorf("record of connection %v %v is not valid for application %q", r.ID.Local, r.ID.Remote, r.App)
-		case r.State == appstate.ConnNone || r.State >= appstate.Removed || r.Role > appstate.Active ||
-			!a.State.Away() && (r.State == appstate.ConnectRmt || r.State == appstate.Restoring || r.State == appstate.Rst):
-			return fmt.Errorf("record of connection %v %v: its state is not possible", r.ID.Local, r.ID.Remote)
-		}
-		seen[r.ID] = true
-	}
 	return nil
 }
 
