@@ -11,23 +11,28 @@ import (
 )
 
 var (
-	fuzzVIP    = netip.MustParseAddr("10.0.0.100")
-	fuzzRemote = netip.MustParseAddr("10.0.0.2")
+	fuzzVIPs    = []netip.Addr{netip.MustParseAddr("10.0.0.100"), netip.MustParseAddr("fd00::100")}
+	fuzzRemotes = []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")}
 )
 
 // FuzzStep feeds the engine with events made of octets: segments of three
-// connections with any flags and numbers near the right ones, requests in any
-// order, time. Nothing may panic, and the same octets give the same effects.
+// connections, one of them of IPv6, with any flags and numbers near the right
+// ones, requests in any order, ADOPT among them, time up to the next deadline and
+// beyond, new filters that take up the records. Nothing may panic, every packet has
+// a reason, what is sent or rewritten is whole, the bounds hold, and the same
+// octets give the same effects.
 func FuzzStep(f *testing.F) {
 	f.Add([]byte{})
 	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 2, 1, 3, 2, 4, 50, 2, 3, 2, 4, 0, 0x10, 0, 1, 0, 0, 2, 5, 4, 200, 2, 7})
 	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 0, 0x11, 0, 1, 0, 1, 2, 1, 2, 2, 1, 0x11, 0, 1, 0, 1, 2, 3, 2, 4, 2, 5, 2, 6, 1, 0x12, 0, 0, 0, 0, 2, 7, 2, 8})
 	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 2, 1, 3, 2, 4, 50, 249, 0, 2, 3, 249, 0, 2, 4, 249, 0, 0, 0x10, 0, 1, 0, 0, 2, 5, 249, 0, 2, 5, 4, 200, 2, 7, 249, 0, 249, 8})
+	f.Add([]byte{2, 13, 7, 2, 1, 0, 0x18, 0, 1, 0, 0, 2, 0, 0, 1, 1, 2, 15, 2, 15, 2, 14, 3, 2, 15, 249, 0, 2, 3, 2, 4, 2, 13, 0x45, 2, 9, 2, 13, 0x80, 3, 255, 2, 15})
+	f.Add([]byte{0, 2, 2, 0, 0, 0, 1, 0x12, 2, 0, 0, 0, 2, 13, 0x4f, 2, 14, 0x83, 32, 0x11, 2, 1, 0, 2, 0, 2, 15, 2, 9, 2, 0, 249, 9, 2, 13, 0})
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) > 4096 {
 			return
 		}
-		a, b := play(in), play(in)
+		a, b := play(t, in), play(t, in)
 		if a != b {
 			t.Fatalf("two runs of the same events differ: %d, %d", a, b)
 		}
@@ -35,7 +40,7 @@ func FuzzStep(f *testing.F) {
 }
 
 // play runs the events of in and returns a sum over the effects.
-func play(in []byte) uint64 {
+func play(t *testing.T, in []byte) uint64 {
 	cfg := filter.Config{Seed: 7, MaxConns: 8, MaxSyns: 2, KeepPerConn: 64, KeepTotal: 100}
 	e := filter.New(cfg)
 	var fx filter.Effects
@@ -45,9 +50,18 @@ func play(in []byte) uint64 {
 		e.Step(now, ev, &fx)
 		if ev.Packet != nil {
 			sum = sum*31 + uint64(fx.Verdict)<<8 + uint64(fx.Reason)
+			if fx.Reason == filter.ReasonNone {
+				t.Fatal("a packet without a reason")
+			}
 		}
 		for _, s := range fx.Sends {
 			sum = sum*31 + uint64(packet.Sum(s.Data, 0))
+			whole(t, s.Data)
+		}
+		for _, l := range e.Limits() {
+			if l.Used > l.Max {
+				t.Fatalf("%s: %d of %d", l.Name, l.Used, l.Max)
+			}
 		}
 		sum = sum*31 + uint64(len(fx.Sets)+len(fx.Replies)<<8+len(fx.Restores)<<16)
 		store.Apply(fx.Records)
@@ -67,7 +81,7 @@ func play(in []byte) uint64 {
 		id++
 		step(filter.Event{Request: &filter.Request{ID: id, Body: b}})
 	}
-	req(&filter.Register{App: "a", VIPs: []netip.Addr{fuzzVIP}, Include: []uint16{80}})
+	req(&filter.Register{App: "a", VIPs: fuzzVIPs, Include: []uint16{80}})
 	next := func() byte {
 		if len(in) == 0 {
 			return 0
@@ -77,7 +91,8 @@ func play(in []byte) uint64 {
 		return b
 	}
 	conn := func(n byte) filter.ConnID {
-		return filter.ConnID{Local: netip.AddrPortFrom(fuzzVIP, 80), Remote: netip.AddrPortFrom(fuzzRemote, 1000+uint16(n%3))}
+		n %= 3
+		return filter.ConnID{Local: netip.AddrPortFrom(fuzzVIPs[n/2], 80), Remote: netip.AddrPortFrom(fuzzRemotes[n/2], 1000+uint16(n))}
 	}
 	for len(in) > 0 {
 		switch op := next(); op % 5 {
@@ -99,7 +114,18 @@ func play(in []byte) uint64 {
 			}
 			step(filter.Event{Packet: &filter.Packet{Hook: hook, Data: data}})
 		case 2:
-			request(next(), conn, req)
+			switch op := next(); op % 16 {
+			case 13:
+				adopt(now, next(), conn, req)
+			case 14:
+				op := next()
+				req(&filter.SnapshotFreeze{App: "a", Boundary: []string{"turn", "now"}[op&1], Quiet: int64(op>>4) * 1e7, PassCloses: op&2 != 0, AbortOnData: op&4 != 0})
+			case 15:
+				now = max(now, e.NextDeadline())
+				step(filter.Event{})
+			default:
+				request(op, conn, req)
+			}
 		case 3:
 			now += int64(next()) * 1e6
 			step(filter.Event{})
@@ -113,6 +139,38 @@ func play(in []byte) uint64 {
 		}
 	}
 	return sum
+}
+
+// whole fails where b is not a segment that a receiver takes.
+func whole(t *testing.T, b []byte) {
+	t.Helper()
+	var s packet.Segment
+	if f := s.Parse(b); f != packet.OK || !s.ChecksumOK() {
+		t.Fatalf("a sent segment is broken: %v, %x", f, b)
+	}
+}
+
+// adopt lists sockets of the connections by two bits of op each.
+func adopt(now filter.Time, op byte, conn func(byte) filter.ConnID, req func(any)) {
+	b := &filter.Adopt{App: "a", Listen: []uint16{80}, At: now}
+	if op&0x80 != 0 {
+		b.At -= 3e9
+	}
+	for i := range byte(3) {
+		k := filter.Socket{ID: conn(i), Passive: op&0x40 != 0, HasInfo: op&0x40 != 0, TS: true, SACK: true, WScale: true, RemoteScale: 3, BytesReceived: uint64(op), LastRecv: 1}
+		switch op >> (2 * i) & 3 {
+		case 0: // in TIME_WAIT or gone
+			continue
+		case 1:
+			k.Established = true
+		case 2:
+			k.Established, k.CloseWait = true, true
+		case 3:
+			k.LocalClosed, k.RemoteClosed = true, op&0x80 != 0
+		}
+		b.Sockets = append(b.Sockets, k)
+	}
+	req(b)
 }
 
 func request(n byte, conn func(byte) filter.ConnID, req func(any)) {
@@ -143,9 +201,11 @@ func request(n byte, conn func(byte) filter.ConnID, req func(any)) {
 	case 10:
 		req(&filter.Unregister{App: "a", Force: force})
 	case 11:
-		req(&filter.Register{App: "a", VIPs: []netip.Addr{fuzzVIP}, Include: []uint16{80}})
+		req(&filter.Register{App: "a", VIPs: fuzzVIPs, Include: []uint16{80}})
 	case 12:
 		req(&filter.GetConnInfo{App: "a"})
+	case 0:
+		req(&filter.AllSets{})
 	default:
 		req(&filter.Status{})
 	}
