@@ -24,6 +24,33 @@ type legacy struct {
 
 var bootKey = []byte("boot")
 
+// app reads the record of an application; the key is its name.
+func (l *legacy) app(k, v []byte) error {
+	var r filter.AppRecord
+	if err := cbor.Unmarshal(v, &r); err != nil {
+		return err
+	}
+	if string(k) != r.Name {
+		return fmt.Errorf("the record of application %q is one of %q", k, r.Name)
+	}
+	l.apps = append(l.apps, r)
+	return nil
+}
+
+// conn reads the record of a connection.
+func (l *legacy) conn(k, v []byte) error {
+	var r filter.ConnRecord
+	err := cbor.Unmarshal(v, &r)
+	if err == nil {
+		r.ID, err = connOf(k)
+	}
+	if err != nil {
+		return err
+	}
+	l.conns = append(l.conns, r)
+	return nil
+}
+
 // openJournal opens the journal and reads what an earlier filter left in it.
 func (n *Node) openJournal(dir string) (l legacy, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -35,21 +62,8 @@ func (n *Node) openJournal(dir string) (l legacy, err error) {
 	}
 	before := ""
 	err = errors.Join(
-		n.journal.Read(journal.Apps, func(_, v []byte) error {
-			var r filter.AppRecord
-			err := cbor.Unmarshal(v, &r)
-			l.apps = append(l.apps, r)
-			return err
-		}),
-		n.journal.Read(journal.Conns, func(k, v []byte) error {
-			var r filter.ConnRecord
-			err := cbor.Unmarshal(v, &r)
-			if err == nil {
-				r.ID, err = connOf(k)
-			}
-			l.conns = append(l.conns, r)
-			return err
-		}),
+		n.journal.Read(journal.Apps, l.app),
+		n.journal.Read(journal.Conns, l.conn),
 		n.journal.Read(journal.Meta, func(k, v []byte) error {
 			if string(k) == string(bootKey) {
 				before = string(v)
