@@ -168,6 +168,18 @@ func TestBadArguments(t *testing.T) {
 			_, err := s.RestoreStart(ctx, connect.NewRequest(&pb.RestoreStartRequest{App: "a", Ip: "nowhere"}))
 			return err
 		},
+		"app: ": func() error {
+			_, err := s.Register(ctx, connect.NewRequest(&pb.RegisterRequest{App: strings.Repeat("a", 256), Vips: []string{"10.0.0.1"}}))
+			return err
+		},
+		"learn_timeout_ms": func() error {
+			_, err := s.SnapshotStart(ctx, connect.NewRequest(&pb.SnapshotStartRequest{App: "a", LearnTimeoutMs: 1 << 62}))
+			return err
+		},
+		"quiet_ms": func() error {
+			_, err := s.SnapshotFreeze(ctx, connect.NewRequest(&pb.SnapshotFreezeRequest{App: "a", QuietMs: -1}))
+			return err
+		},
 		"state": func() error {
 			_, err := s.Wait(ctx, connect.NewRequest(&pb.WaitRequest{App: "a", State: "ASLEEP"}))
 			return err

@@ -18,9 +18,13 @@ import (
 )
 
 // Service answers nfconnfilter.v1.Filter.
-func (n *Node) Service() nfconnfilterv1connect.FilterHandler { return service{n} }
+func (n *Node) Service() nfconnfilterv1connect.FilterHandler { return service{n, n.do} }
 
-type service struct{ n *Node }
+// service puts the messages of the API into the engine's words and back.
+type service struct {
+	n  *Node
+	do func(ctx context.Context, body any) (any, error) // carries out a request of package filter
+}
 
 // failure puts an error of the engine into Connect's words.
 func (s service) failure(app string, err error) error {
@@ -49,7 +53,7 @@ func (s service) failure(app string, err error) error {
 
 // change carries out a request whose answer is the application's state.
 func (s service) change(ctx context.Context, app string, body any) (*connect.Response[pb.AppReply], error) {
-	r, err := s.n.do(ctx, body)
+	r, err := s.do(ctx, body)
 	if err != nil {
 		return nil, s.failure(app, err)
 	}
@@ -62,6 +66,9 @@ func (s service) Register(ctx context.Context, r *connect.Request[pb.RegisterReq
 	b := &filter.Register{App: m.App}
 	bad := func(what string, err error) error {
 		return control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), fmt.Sprintf("REGISTER: %s: %v", what, err))
+	}
+	if n := len(m.App); n > maxName {
+		return nil, bad("app", fmt.Errorf("a name has at most %d octets, this one has %d", maxName, n))
 	}
 	var err error
 	if b.VIPs, err = vips(m.Vips); err != nil {
@@ -86,6 +93,19 @@ func (s service) Register(ctx context.Context, r *connect.Request[pb.RegisterReq
 		}
 	}
 	return s.change(ctx, m.App, b)
+}
+
+// maxName is the longest name of an application, in octets, as of a file. The
+// journal could not hold one of more than 32 KiB, nor anything after it.
+const maxName = 255
+
+// period reads a time in ms, up to a day: more would be a mistake.
+func period(name string, ms int64) (filter.Time, error) {
+	const most = 24 * 3600 * 1000
+	if ms < 0 || ms > most {
+		return 0, fmt.Errorf("%s: %d is not a time from 0 to %d ms", name, ms, most)
+	}
+	return ms * 1e6, nil
 }
 
 // vips reads one address, or one of each family.
@@ -141,15 +161,18 @@ func (s service) Unregister(ctx context.Context, r *connect.Request[pb.Unregiste
 
 func (s service) SnapshotStart(ctx context.Context, r *connect.Request[pb.SnapshotStartRequest]) (*connect.Response[pb.LearnReply], error) {
 	m := r.Msg
-	b := &filter.SnapshotStart{App: m.App, LeaveOut: m.LeaveOut, Timeout: m.LearnTimeoutMs * 1e6}
+	b := &filter.SnapshotStart{App: m.App, LeaveOut: m.LeaveOut}
 	var err error
+	if b.Timeout, err = period("learn_timeout_ms", m.LearnTimeoutMs); err != nil {
+		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: "+err.Error())
+	}
 	if b.Listen, err = ports(m.ListenPorts); err != nil {
 		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: listen_ports: "+err.Error())
 	}
 	if b.Sockets, err = sockets(m.Sockets); err != nil {
 		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: sockets: "+err.Error())
 	}
-	x, err := s.n.do(ctx, b)
+	x, err := s.do(ctx, b)
 	if err != nil {
 		return nil, s.failure(m.App, err)
 	}
@@ -167,7 +190,7 @@ func (s service) Adopt(ctx context.Context, r *connect.Request[pb.AdoptRequest])
 	if b.Sockets, err = sockets(m.Sockets); err != nil {
 		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "ADOPT: sockets: "+err.Error())
 	}
-	x, err := s.n.do(ctx, b)
+	x, err := s.do(ctx, b)
 	if err != nil {
 		return nil, s.failure(m.App, err)
 	}
@@ -222,7 +245,12 @@ func endpoint(s string) (netip.AddrPort, error) {
 }
 
 func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.SnapshotFreezeRequest]) (*connect.Response[pb.AppReply], error) {
-	return s.change(ctx, r.Msg.App, &filter.SnapshotFreeze{App: r.Msg.App, Boundary: r.Msg.Boundary, Quiet: r.Msg.QuietMs * 1e6, PassCloses: r.Msg.PassCloses, AbortOnData: r.Msg.AbortOnData})
+	m := r.Msg
+	quiet, err := period("quiet_ms", m.QuietMs)
+	if err != nil {
+		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTFREEZE: "+err.Error())
+	}
+	return s.change(ctx, m.App, &filter.SnapshotFreeze{App: m.App, Boundary: m.Boundary, Quiet: quiet, PassCloses: m.PassCloses, AbortOnData: m.AbortOnData})
 }
 
 func (s service) Seal(ctx context.Context, r *connect.Request[pb.SealRequest]) (*connect.Response[pb.AppReply], error) {
@@ -274,7 +302,7 @@ func (s service) RestoreAbort(ctx context.Context, r *connect.Request[pb.AppRequ
 // list reads the connection structures of an application that is configured or
 // known, with their reasons where these are asked for.
 func (s service) list(ctx context.Context, app string, reasons bool) (*filter.ConnList, error) {
-	x, err := s.n.do(ctx, &filter.GetConnInfo{App: app, Reasons: reasons})
+	x, err := s.do(ctx, &filter.GetConnInfo{App: app, Reasons: reasons})
 	if err != nil {
 		return nil, s.failure(app, err)
 	}
@@ -341,7 +369,7 @@ func reasonsOf(list []filter.ReasonCount) map[string]uint64 {
 
 func (s service) Status(ctx context.Context, r *connect.Request[pb.StatusRequest]) (*connect.Response[pb.StatusReply], error) {
 	app := r.Msg.App
-	x, err := s.n.do(ctx, &filter.Status{App: app})
+	x, err := s.do(ctx, &filter.Status{App: app})
 	if err != nil {
 		return nil, s.failure(app, err)
 	}
