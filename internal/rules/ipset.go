@@ -346,18 +346,24 @@ func (s *setConn) list(f *family, set Set, name string) ([]Change, error) {
 	}
 	var out []Change
 	for _, m := range msgs {
-		for a := range attrs(m.Data, 4) {
-			if a.typ != attrADT {
-				continue
-			}
-			for e := range attrs(a.data, 0) {
-				if e.typ == attrData {
-					out = append(out, parseEntry(set, e.data))
-				}
+		out = append(out, parseList(set, m.Data)...)
+	}
+	return out, nil
+}
+
+// parseList reads the entries of one message of a listing.
+func parseList(set Set, b []byte) (out []Change) {
+	for a := range attrs(b, 4) {
+		if a.typ != attrADT {
+			continue
+		}
+		for e := range attrs(a.data, 0) {
+			if e.typ == attrData {
+				out = append(out, parseEntry(set, e.data))
 			}
 		}
 	}
-	return out, nil
+	return out
 }
 
 func parseEntry(set Set, b []byte) Change {

@@ -9,7 +9,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/mdlayher/netlink"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) {
@@ -91,15 +93,63 @@ func TestEntryRoundTrip(t *testing.T) {
 	}
 }
 
-func FuzzParseEntry(f *testing.F) {
-	c := Change{Set: Flow, IP: netip.MustParseAddr("192.0.2.1"), Port: 1, Peer: netip.MustParseAddr("192.0.2.2")}
-	f.Add(putEntry(nil, &c))
-	f.Add([]byte{3, 0, 1, 0, 255, 255, 1, 0, 4, 0, 4, 0})
-	f.Fuzz(func(t *testing.T, b []byte) {
-		for a := range attrs(b, 0) {
-			parseEntry(Flow, a.data)
+// FuzzParseList reads what the kernel answers to a listing, and to a change of its
+// rules. What it says of an entry comes back as it was written.
+func FuzzParseList(f *testing.F) {
+	for _, c := range []Change{
+		{Set: Flow, Add: true, IP: netip.MustParseAddr("192.0.2.1"), Port: 1, Peer: netip.MustParseAddr("192.0.2.2")},
+		{Set: Flow, Add: true, IP: netip.MustParseAddr("2001:db8::1"), Port: 65535, Peer: netip.MustParseAddr("2001:db8::2")},
+		{Set: Skip, Add: true, IP: netip.MustParseAddr("192.0.2.1"), Port: 22},
+		{Set: VIP, Add: true, IP: netip.MustParseAddr("2001:db8::1")},
+	} {
+		b, at := openNest([]byte{2, 0, 0, 0}, attrADT)
+		b = putEntry(putEntry(b, &c), &c)
+		closeNest(b, at)
+		f.Add(uint8(c.Set), b)
+	}
+	f.Add(uint8(Flow), []byte{0, 0, 0, 0, 3, 0, 1, 0, 255, 255, 1, 0, 4, 0, 4, 0})
+	f.Add(uint8(Flow), []byte{0, 0, 0, 0, 8, 0, unix.NFTA_GEN_PROC_PID, 0, 0, 0, 0, 1})
+	f.Fuzz(func(t *testing.T, set uint8, b []byte) {
+		byOthers(netlink.Message{Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN}, Data: b})
+		for _, c := range parseList(Set(set), b) {
+			if !c.IP.IsValid() || c.Set == Flow && c.Peer.BitLen() != c.IP.BitLen() || c.Set > Flow {
+				continue // nothing that was ever in a set of ours
+			}
+			m, at := openNest([]byte{2, 0, 0, 0}, attrADT)
+			m = putEntry(m, &c)
+			closeNest(m, at)
+			if c.Set != Flow { // what is written of the others
+				c.Peer = netip.Addr{}
+			}
+			if c.Set != Flow && c.Set != Skip {
+				c.Port = 0
+			}
+			if got := parseList(c.Set, m); len(got) != 1 || got[0] != c {
+				t.Fatalf("%+v came back as %+v", c, got)
+			}
 		}
-		parseEntry(Skip, b)
+	})
+}
+
+// FuzzParseTable reads any text as the output of iptables -S.
+func FuzzParseTable(f *testing.F) {
+	f.Add("-P PREROUTING ACCEPT\n-N NFCF-IN\n-A PREROUTING -j NFCF-IN\n-A NFCF-IN\n")
+	f.Add("-A  x\n-P\n\n-N a b c")
+	all := chains(&family4, Config{}.withDefaults())
+	f.Fuzz(func(t *testing.T, out string) {
+		table := parseTable(out)
+		n := 0
+		for name, rules := range table {
+			if n += len(rules); strings.ContainsAny(name, " \n") || !table.has(name, rules) {
+				t.Fatalf("chain %q: %q", name, rules)
+			}
+		}
+		if lines := strings.Count(out, "\n") + 1; n > lines {
+			t.Fatalf("%d rules in %d lines", n, lines)
+		}
+		for i := range all {
+			table.jumps(&all[i])
+		}
 	})
 }
 
