@@ -58,7 +58,10 @@ func (s intents) load(app string) (*intent, error) {
 		return nil, err
 	}
 	var in intent
-	if err := json.Unmarshal(b, &in); err != nil || in.App != app {
+	if err = json.Unmarshal(b, &in); err == nil && in.App != app {
+		err = fmt.Errorf("it is of application %q", in.App)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%s is damaged and is not looked at (%w)", s.path(app), err)
 	}
 	return &in, nil
