@@ -218,8 +218,11 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 		c.lastIn, c.last = now, remoteSpoke
 	}
 	if s.Has(packet.FIN) && !c.learned {
-		c.finIn, c.finInEnd, c.finAt = true, s.End(), now // a guess: sock_diag tells at SNAPSHOTSTART
-		c.closing(now)
+		c.finInEnd, c.finAt = s.End(), now
+		if !c.translated { // a guess: sock_diag tells at SNAPSHOTSTART. Others do not end by one: local's answer tells
+			c.finIn = true
+			c.closing(now)
+		}
 	}
 	if !s.Has(packet.ACK) {
 		return
@@ -339,6 +342,10 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 			c.ep.TSVal, c.spokeAt = s.Opt.TSVal, now
 		}
 		c.learned = true
+		if c.translated && c.finAt != 0 && s.Ack == c.finInEnd { // it was the remote's
+			c.finIn = true
+			c.closing(now)
+		}
 		c.bytesOut += uint64(n)
 		if c.translated {
 			c.settleFin()
