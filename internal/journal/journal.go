@@ -52,9 +52,13 @@ var versionKey = []byte("version")
 // Open opens or creates the file at path. Errors: ErrDamaged; a file of
 // another version; one that another process holds, after a second.
 func Open(path string) (j *Journal, err error) {
+	var db *bolt.DB
 	defer func() { // bbolt panics on pages that make no sense
 		if r := recover(); r != nil {
 			j, err = nil, damaged(path, fmt.Errorf("%v", r))
+			if db != nil {
+				err = errors.Join(err, db.Close())
+			}
 		}
 	}()
 	if fi, serr := os.Stat(path); serr == nil && fi.Size() == 0 {
@@ -62,10 +66,13 @@ func Open(path string) (j *Journal, err error) {
 	} else if serr != nil && !errors.Is(serr, fs.ErrNotExist) {
 		return nil, serr
 	}
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second, FreelistType: bolt.FreelistMapType})
+	if err := lookAt(path); err != nil {
+		return nil, err
+	}
+	db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second, FreelistType: bolt.FreelistMapType})
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
-		return nil, fmt.Errorf("journal %s is held by another process; does another filter run?", path)
+		return nil, held(path)
 	case isSystem(err):
 		return nil, fmt.Errorf("journal %s: %w", path, err)
 	case err != nil:
@@ -76,6 +83,10 @@ func Open(path string) (j *Journal, err error) {
 		return nil, errors.Join(err, db.Close())
 	}
 	return j, nil
+}
+
+func held(path string) error {
+	return fmt.Errorf("journal %s is held by another process; does another filter run?", path)
 }
 
 // isSystem tells whether err comes from the operating system, not from what
@@ -112,10 +123,13 @@ func (j *Journal) begin(path string) error {
 		if n := binary.BigEndian.Uint32(v); n != Version {
 			return fmt.Errorf("journal %s has format %d, this filter reads %d; use the filter that wrote it, or move it away to go on without what was held", path, n, Version)
 		}
-		for err := range tx.Check() {
-			return damaged(path, err)
+		var first error
+		for err := range tx.Check() { // to its end: it goes on in a goroutine that must not outlive the file
+			if first == nil {
+				first = damaged(path, err)
+			}
 		}
-		return nil
+		return first
 	})
 }
 
