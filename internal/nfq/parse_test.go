@@ -150,10 +150,19 @@ func TestParseError(t *testing.T) {
 }
 
 // oracle decodes a packet body with mdlayher/netlink's AttributeDecoder.
-// ok is false where that finds the attributes malformed.
+// ok is false where that finds the attributes malformed, and where one has no
+// room for its own header: the decoder takes a length of 0 for an empty
+// attribute, the kernel does not (nla_ok in include/net/netlink.h).
 func oracle(b []byte) (p Packet, ok bool) {
 	if len(b) < nfgenLen {
 		return p, false
+	}
+	for a := b[nfgenLen:]; len(a) >= nlaHdrLen; {
+		n := int(binary.NativeEndian.Uint16(a))
+		if n < nlaHdrLen {
+			return p, false
+		}
+		a = a[min(align4(n), len(a)):]
 	}
 	d, err := netlink.NewAttributeDecoder(b[nfgenLen:])
 	if err != nil {
@@ -205,6 +214,7 @@ func FuzzParse(f *testing.F) {
 	f.Add(datagram(msgPacket, 0, full, full[:40]))
 	f.Add(datagram(unix.NLMSG_ERROR, 9, []byte{0xfe, 0xff, 0xff, 0xff}))
 	f.Add(datagram(msgPacket, 0, full)[:70])
+	f.Add(datagram(msgPacket, 0, append(append(bytes.Clone(full[:nfgenLen]), 0, 0, 0, 0), full[nfgenLen:]...))) // an attribute of no length
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		for len(b) > 0 {
