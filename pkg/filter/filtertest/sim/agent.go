@@ -33,11 +33,23 @@ type agent struct {
 
 func (a *agent) run(script func()) {
 	a.next, a.stop = iter.Pull(func(y func(struct{}) bool) {
+		defer func() {
+			a.finished = true
+			if p := recover(); p != nil && p != errQuit {
+				panic(p)
+			}
+		}()
 		a.y = y
 		script()
-		a.finished = true
 	})
 	a.w.clk.at(a.w.clk.time(), a.resume)
+}
+
+// quit ends the script where it waits: its coroutine holds the whole world.
+func (a *agent) quit() {
+	if a.stop != nil {
+		a.stop()
+	}
 }
 
 // resume lets the script look whether what it waits for has come.

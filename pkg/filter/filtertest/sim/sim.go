@@ -105,15 +105,22 @@ func Run(seed uint64, opt Options) (rep *Report, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			w.fail("panic: %v\n%s", p, debug.Stack())
-			err = w.err
 		}
-		w.remote.destroy()
-		w.local.destroy()
+		w.rep.Simulated = time.Duration(w.clk.time())
+		w.rep.Hash = w.trace.hash
+		rep, err = &w.rep, w.err
+		w.destroy()
 	}()
 	w.play()
-	w.rep.Simulated = time.Duration(w.clk.time())
-	w.rep.Hash = w.trace.hash
-	return &w.rep, w.err
+	return nil, nil
+}
+
+// destroy ends everything of a run that would go on by itself or be held by
+// something that does: the script and the goroutines of the stacks.
+func (w *world) destroy() {
+	w.agent.quit()
+	w.remote.destroy()
+	w.local.destroy()
 }
 
 func newWorld(seed uint64, opt Options) *world {

@@ -117,3 +117,18 @@ func TestDeterminism(t *testing.T) {
 		}
 	}
 }
+
+// TestNothingStays plays some seeds and looks whether anything of them goes on.
+func TestNothingStays(t *testing.T) {
+	before := runtime.NumGoroutine()
+	for seed := uint64(1); seed <= 20; seed++ {
+		_, _ = Run(seed, options())
+	}
+	for range 1 << 20 { // one that has ended needs a moment until it is not counted
+		if runtime.NumGoroutine() <= before {
+			return
+		}
+		runtime.Gosched()
+	}
+	t.Errorf("%d goroutines before 20 runs, %d after them", before, runtime.NumGoroutine())
+}
