@@ -4,8 +4,10 @@ export CGO_ENABLED ?= 0
 export PATH := $(PATH):/usr/sbin:/sbin
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME    ?= 30s
-# How many seeds of the simulator.
+# How many seeds of the simulator, and which is the first: a long run can be cut
+# into pieces.
 SEEDS       ?= 2000
+FIRST       ?= 1
 # Further flags for go test, e.g. TESTFLAGS=-v.
 TESTFLAGS   ?=
 GOBUILD     := go build -trimpath -buildvcs=false -ldflags '-s -w'
@@ -56,7 +58,7 @@ test: deps-test build vet
 # The engine between two real TCP stacks. A seed that fails is named with the
 # command that plays it again.
 sim:
-	go test $(TESTFLAGS) -count=1 -timeout 60m ./pkg/filter/filtertest/sim -run TestSeeds -seeds $(SEEDS)
+	go test $(TESTFLAGS) -count=1 -timeout 60m ./pkg/filter/filtertest/sim -run TestSeeds -first $(FIRST) -seeds $(SEEDS)
 
 bench: bin/bench
 	@scripts/deps.sh bench
