@@ -18,6 +18,7 @@ func (w *world) makeClients(r *rand.Rand) {
 	n := 1 + r.IntN(most)
 	conf := hostConfig{mtu: 1280 + uint32(r.IntN(221)), sack: r.IntN(4) != 0, rcvBuf: 8<<10 + r.IntN(1<<19), sndBuf: 16<<10 + r.IntN(1<<19),
 		maxRetries: 1 << 30, outOfWin: 500 * time.Millisecond, cubic: r.IntN(2) == 0}
+	w.cubic = conf.cubic
 	for i := range n {
 		c := &client{w: w, id: i, plan: randomPlan(r, &w.opt), r: w.rand(uint64(1000 + i))}
 		v6 := r.IntN(3) == 0
@@ -135,10 +136,15 @@ func (w *world) clearOld(r *rand.Rand) {
 }
 
 // holdTime draws how long the application stays away at most. Keepalives bound
-// it: each costs packets.
+// it: each costs packets. So does CUBIC of the remotes: the cube of the time since
+// the last loss overflows in netstack after some weeks, and then they send
+// nothing any more.
 func (w *world) holdTime(r *rand.Rand) time.Duration {
-	const probes = 300
+	const probes, cubic = 300, 20 * 24 * time.Hour
 	d := logDuration(r, time.Millisecond, 70*24*time.Hour)
+	if w.cubic {
+		d = min(d, max(cubic-time.Duration(w.clk.time()), time.Second))
+	}
 	for _, c := range w.clients {
 		if c.keepIdle != 0 && !c.over() && c.sock != nil {
 			d = min(d, probes*c.keepIdle)

@@ -25,6 +25,7 @@ type quality struct {
 // send carries b to the other end, or loses it.
 func (l *link) send(b []byte) {
 	n := 1
+	fragile := l.w.emptyLost[l.client(b)]
 	if l.loses(b) {
 		l.w.rep.Lost++
 		l.w.trace.packet("lost", "", b)
@@ -47,7 +48,7 @@ func (l *link) send(b []byte) {
 			l.last = at
 		}
 		c := append([]byte(nil), b...)
-		if l.r.Float64() < l.q.corruption && n == 1 && !l.w.emptyLost[l.client(b)] {
+		if l.r.Float64() < l.q.corruption && n == 1 && !fragile {
 			if l.empty(b) {
 				l.w.emptyLost[l.client(b)] = true
 			}
@@ -62,23 +63,22 @@ func (l *link) send(b []byte) {
 // until it has heard something again: three lost keepalives end a connection on
 // any network.
 func (l *link) loses(b []byte) bool {
-	lost := l.r.Float64() < l.q.loss
-	if !l.empty(b) {
-		return lost
+	lost, key := l.r.Float64() < l.q.loss, l.client(b)
+	if l.empty(b) {
+		if lost = lost && !l.w.emptyLost[key]; lost {
+			l.w.emptyLost[key] = true
+		}
 	}
-	key := l.client(b)
-	if lost = lost && !l.w.emptyLost[key]; lost {
-		l.w.emptyLost[key] = true
-	} else if l == l.w.down {
+	if !lost && l == l.w.down {
 		l.w.emptyLost[key] = false // the client has heard something
 	}
 	return lost
 }
 
-// empty tells whether b holds no octets.
+// empty tells whether b holds no octets; an ICMP message does not either.
 func (l *link) empty(b []byte) bool {
 	at := tcpAt(b)
-	return len(b) <= at+int(b[at+12]>>4)*4
+	return len(b) < at+20 || len(b) <= at+int(b[at+12]>>4)*4
 }
 
 // client is the address of the remote of b.

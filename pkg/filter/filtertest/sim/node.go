@@ -135,8 +135,13 @@ func (w *world) fromLocal(b []byte) {
 	w.trace.packet("local", "", b)
 	w.rep.Packets++
 	var s packet.Segment
-	if s.Parse(b) != packet.OK {
-		panic("the local stack sent something else than a segment")
+	switch s.Parse(b) {
+	case packet.OK:
+	case packet.NotTCP: // an ICMP message about a damaged header; no rule matches it
+		w.toRemote(b)
+		return
+	default:
+		panic("the local stack sent a broken segment")
 	}
 	before, info := uint8(filter.HookOutput), uint32(0)
 	if w.behind {

@@ -45,18 +45,26 @@ func (w *world) endFilter(r *rand.Rand) {
 	if w.engine == nil || w.dies != lives {
 		return
 	}
-	// One keepalive in a row may be lost, to a filter or on the link: three end
-	// a connection whatever the filter does.
-	for _, c := range w.clients {
-		if c.keepIdle != 0 && c.connected && !c.over() && w.emptyLost[c.addr.Addr()] {
-			return
-		}
+	if w.waited() {
+		return
 	}
 	if r.IntN(4) == 0 {
 		w.crash()
 		return
 	}
 	w.dies = stage(1 + r.IntN(int(stages)-1))
+}
+
+// waited tells whether a client has lost a keepalive or its answer and heard
+// nothing since. One in a row may be lost, to a filter or on the link: three
+// end a connection whatever the filter does.
+func (w *world) waited() bool {
+	for _, c := range w.clients {
+		if c.keepIdle != 0 && c.connected && !c.over() && w.emptyLost[c.addr.Addr()] {
+			return true
+		}
+	}
+	return false
 }
 
 // outsider sends what somebody sends who knows the addresses of a connection

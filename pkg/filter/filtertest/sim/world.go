@@ -27,6 +27,7 @@ type world struct {
 	localDelay int64
 	localLoss  float64 // of what is injected into the local stack
 	behind     bool    // the application is in a network namespace behind the node
+	cubic      bool    // of the remotes
 	offload    bool    // checksums of local are left to the device
 	injects    *rand.Rand
 	up, down   *link
@@ -226,9 +227,12 @@ func (w *world) save() {
 	w.saveAt = nil
 }
 
-// endsAt lets the filter end at a stage, if it is to.
+// endsAt lets the filter end at a stage, if it is to and may.
 func (w *world) endsAt(s stage) bool {
 	if w.dies != s {
+		return false
+	}
+	if w.dies = lives; w.waited() { // since this end was planned
 		return false
 	}
 	w.crash()
