@@ -120,6 +120,9 @@ func (c *conn) info(now Time, s *Socket) {
 		}
 		return
 	}
+	if !c.handshake {
+		c.options(s)
+	}
 	if c.learned { // the socket's own word is there
 		return
 	}
@@ -128,8 +131,12 @@ func (c *conn) info(now Time, s *Socket) {
 		c.ep.RcvNxt = c.irs.Add(1 + uint32(s.BytesReceived))
 		c.rcvKnown = true
 		c.acked, c.ackedOK = c.iss.Add(1+uint32(s.BytesAcked)), s.Passive // the other side's SYN counts too
-		return
 	}
+}
+
+// options takes what both sides agreed on from tcp_info, also when the socket
+// has spoken before: what it said did not tell them.
+func (c *conn) options(s *Socket) {
 	o := &c.ep.Opt
 	o.TS, o.SACK, o.WScale = s.TS, s.SACK, s.WScale
 	o.RemoteScale, o.LocalScale = s.RemoteScale, s.LocalScale
