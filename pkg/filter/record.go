@@ -286,7 +286,9 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 			c.learned, c.confirmed, c.rcvKnown = false, false, true
 			c.listed = c.ackSeen
 		}
-		a.froze, a.since, a.restarted = now, now, !a.sealed
+		if a.froze, a.restarted = now, !a.sealed; !a.sealed { // else local is not asked any more
+			a.since = now
+		}
 		e.tick(now, a, fx)
 	case appstate.RestoreStart:
 		// Nothing was opened yet, and nothing of it is recorded.
