@@ -28,6 +28,7 @@ type agent struct {
 	finished bool
 	adopted  uint64 // engine that was told of the sockets
 	adoptAt  int64
+	every    time.Duration // between two looks at the sockets
 	snap     int
 }
 
@@ -166,6 +167,9 @@ func (a *agent) script() {
 	if _, err := a.insist(&filter.Register{App: app, VIPs: w.vips, Include: []uint16{port}}); err != nil {
 		w.fail("REGISTER: %v", err)
 	}
+	if a.every = time.Minute; a.chance(4) {
+		a.every = logDuration(a.r, 20*time.Millisecond, time.Minute)
+	}
 	for range w.opt.episodes(a.r) {
 		a.idle(logDuration(a.r, 10*time.Millisecond, 8*time.Second))
 		if a.snapshot() {
@@ -186,19 +190,21 @@ func (a *agent) script() {
 // and then.
 func (a *agent) idle(d time.Duration) {
 	till := a.w.clk.time() + int64(d)
-	for a.w.clk.time() < till {
+	for a.w.clk.time() < till && a.w.err == nil {
 		a.adopt()
-		a.wait(min(till, a.adoptAt), func() bool { return a.w.engine != nil && a.adopted != a.w.engines })
+		next := max(a.adoptAt, a.w.clk.time()+int64(5*time.Millisecond)) // while no filter runs nobody is told
+		a.wait(min(till, next), func() bool { return a.w.engine != nil && a.adopted != a.w.engines })
 	}
 }
 
-// adopt tells a filter of the sockets when it is new, and every minute.
+// adopt tells a filter of the sockets when it is new, and every minute or more
+// often.
 func (a *agent) adopt() {
 	w := a.w
 	if w.engine == nil || a.adopted == w.engines && w.clk.time() < a.adoptAt {
 		return
 	}
-	a.adoptAt = w.clk.time() + int64(time.Minute)
+	a.adoptAt = w.clk.time() + int64(max(a.every, w.calmFor()))
 	if w.state != appstate.Connected && w.state != appstate.Restored {
 		return
 	}
@@ -208,13 +214,17 @@ func (a *agent) adopt() {
 	}
 }
 
-// tellSockets hands the list of sockets to the filter.
+// tellSockets hands the list of sockets to the filter; it takes a moment until
+// that has it.
 func (a *agent) tellSockets(timeWait bool) error {
 	r := &filter.Adopt{App: app, Listen: []uint16{port}, At: a.w.clk.time()}
 	for _, i := range a.w.server.sockets() {
 		if i.state != tcp.StateTimeWait || timeWait {
 			r.Sockets = append(r.Sockets, i.Socket)
 		}
+	}
+	if a.chance(4) {
+		a.soon()
 	}
 	_, err := a.request(r)
 	return err

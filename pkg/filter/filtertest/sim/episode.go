@@ -32,7 +32,7 @@ func (a *agent) snapshot() bool {
 		return a.giveUp()
 	}
 	a.soon()
-	freeze := &filter.SnapshotFreeze{App: app, Quiet: 1e6 + a.r.Int64N(50e6), PassCloses: true}
+	freeze := &filter.SnapshotFreeze{App: app, Quiet: 1e6 + a.r.Int64N(50e6), PassCloses: true, AbortOnData: a.chance(10)}
 	if a.giveUpNow() {
 		return a.giveUp()
 	}
@@ -46,10 +46,14 @@ func (a *agent) snapshot() bool {
 	if !a.settle() || a.giveUpNow() {
 		return a.giveUp()
 	}
-	w.lastWords()
+	a.soon() // the snapshot is stored as far as it is known
 	if _, err := a.insist(&filter.Seal{App: app}); err != nil {
 		return a.giveUp()
 	}
+	if a.giveUpNow() && a.unseal() {
+		return false
+	}
+	w.lastWords()
 	a.soon()
 	w.server.kill()
 	a.soon()
@@ -101,6 +105,24 @@ func (a *agent) giveUp() bool {
 	w.server.stopped = false
 	w.local.settle()
 	return false
+}
+
+// unseal gives the snapshot up although it is sealed; false when a local side has
+// ended behind the seal: then there is no way back.
+func (a *agent) unseal() bool {
+	a.soon()
+	_, err := a.insist(&filter.SnapshotAbort{App: app})
+	var refused *filter.Error
+	switch {
+	case errors.As(err, &refused) && len(refused.Conns) > 0:
+		return false
+	case err != nil:
+		a.w.fail("SNAPSHOTABORT behind the seal: %v", err)
+	}
+	a.w.rep.SnapshotAborts++
+	a.w.server.stopped = false
+	a.w.local.settle()
+	return true
 }
 
 // settle drains until everything is accounted for with the application
@@ -219,7 +241,7 @@ func (a *agent) restore() bool {
 		return a.unrestore()
 	}
 	for range 5 {
-		if !a.reconnect() {
+		if !a.reconnect() || !w.opt.NoAborts && a.chance(15) {
 			return a.unrestore()
 		}
 		_, err := a.insist(&filter.Restored{App: app})

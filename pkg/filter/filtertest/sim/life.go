@@ -163,6 +163,14 @@ func (w *world) healthy() {
 	w.calmAt = w.clk.time()
 }
 
+// calmFor is how seldom the sockets are looked at when nothing else happens.
+func (w *world) calmFor() time.Duration {
+	if w.calm {
+		return time.Minute
+	}
+	return 0
+}
+
 // play runs the simulation to its end.
 func (w *world) play() {
 	w.engine = filter.New(filter.Config{Seed: w.seed << 8})
