@@ -334,7 +334,9 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 			return
 		}
 		c.ep.SndNxt, c.ep.RcvNxt = end, c.acknowledges(s.Ack)
-		c.firstUna(s.Seq)
+		if !c.reloaded || c.app.state == appstate.SnapshotStart { // else what was recorded is the remote's own word
+			c.firstUna(s.Seq)
+		}
 		if s.Opt.HasTS {
 			if c.ep.TSAt == 0 || c.reloaded && seqnum.NewerTS(s.Opt.TSEcr, c.ep.TSRec) {
 				c.ep.TSRec, c.ep.TSAt = s.Opt.TSEcr, now
