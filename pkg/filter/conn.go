@@ -464,6 +464,8 @@ func (c *conn) missing(now Time) string {
 			return fmt.Sprintf("local has closed and %d octets are not acknowledged by the remote", n-1)
 		}
 		return ""
+	case c.state == appstate.SynRcvd && c.learned: // local spoke, and did not answer that SYN
+		return "local has a connection there that is not known yet"
 	case c.state == appstate.Connect && !c.alive():
 		if !c.listed && c.handshake && now-c.app.since < unsureFor {
 			return "it is not known yet whether its handshake has come to an end"
