@@ -217,7 +217,7 @@ func (a *agent) adopt() {
 // tellSockets hands the list of sockets to the filter; it takes a moment until
 // that has it.
 func (a *agent) tellSockets(timeWait bool) error {
-	r := &filter.Adopt{App: app, Listen: []uint16{port}, At: a.w.clk.time()}
+	r := &filter.Adopt{App: app, Listen: []uint16{port}, At: a.w.nodeTime()}
 	for _, i := range a.w.server.sockets() {
 		if i.state != tcp.StateTimeWait || timeWait {
 			r.Sockets = append(r.Sockets, i.Socket)

@@ -20,6 +20,7 @@ type checker struct {
 type seen struct {
 	iss   seqnum.Value
 	nxt   seqnum.Value // behind everything
+	ack   seqnum.Value // acknowledged to it
 	known bool
 	ts    uint32
 	hasTS bool
@@ -53,7 +54,7 @@ func (k *checker) leaves(b []byte) {
 		if n := k.conns[s.Dst]; n != nil && n.known && n.iss != s.Seq && c.connected && c.s != nil && !c.over() && !w.server.hasClosed(c) {
 			w.fail("client %d (%v) is sent a second SYN-ACK with another number", c.id, c.addr)
 		}
-		k.conns[s.Dst] = &seen{iss: s.Seq, nxt: s.Seq.Add(1), known: true, ts: s.Opt.TSVal, hasTS: s.Opt.HasTS}
+		k.conns[s.Dst] = &seen{iss: s.Seq, nxt: s.Seq.Add(1), ack: s.Ack, known: true, ts: s.Opt.TSVal, hasTS: s.Opt.HasTS}
 		return
 	}
 	n := k.conns[s.Dst]
@@ -73,6 +74,9 @@ func (k *checker) leaves(b []byte) {
 	}
 	if n.nxt.Less(s.End()) {
 		n.nxt = s.End()
+	}
+	if n.ack.Less(s.Ack) {
+		n.ack = s.Ack
 	}
 	if n.hasTS {
 		if !s.Opt.HasTS {

@@ -218,6 +218,10 @@ func (a *agent) hold() {
 	}
 	w.hush = a.chance(2)
 	w.trace.note("held for %v at most, hush %v", time.Duration(d), w.hush)
+	if !w.opt.NoCrash && a.chance(8) {
+		seed := a.r.Uint64()
+		w.clk.after(logDuration(a.r, time.Millisecond, max(d, 2*time.Millisecond)), func() { w.reboot(seed) })
+	}
 	a.wait(w.clk.time()+int64(d), func() bool { return a.wake })
 	w.rep.Held += time.Duration(d)
 	w.hush = false

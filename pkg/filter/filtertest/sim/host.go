@@ -119,7 +119,8 @@ func newHost(clock tcpip.Clock, seed uint64, c hostConfig, out func([]byte)) *ho
 	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: c.rcvBuf, Max: max(4<<20, c.rcvBuf)}
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: 4096, Default: c.sndBuf, Max: max(4<<20, c.sndBuf)}
 	retries := tcpip.TCPMaxRetriesOption(c.maxRetries)
-	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &rcv, &snd, &retries} {
+	var recovery tcpip.TCPRecovery // no RACK: behind a tail loss probe that is lost netstack repeats a FIN no more
+	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &rcv, &snd, &retries, &recovery} {
 		must(h.st.SetTransportProtocolOption(tcp.ProtocolNumber, o))
 	}
 	must(h.st.SetOption(stack.TCPInvalidRateLimitOption(c.outOfWin)))

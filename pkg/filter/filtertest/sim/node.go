@@ -114,6 +114,10 @@ func (w *world) fromRemote(b []byte) {
 	}
 	w.trace.packet("arrives", "", b)
 	w.rep.Packets++
+	if w.rebooted { // nobody has the address
+		w.emptyLost[src(b)] = true
+		return
+	}
 	s.Parse(b)
 	switch w.node.prerouting(&s) {
 	case pass:

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
 	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 )
@@ -88,6 +89,14 @@ func (w *world) outsider(r *rand.Rand) {
 			return
 		}
 		sp.Payload = nil
+	}
+	if n := w.check.conns[c.addr]; n != nil && n.known && w.state == appstate.SnapshotDone && r.IntN(3) == 0 {
+		// It has guessed where the connection is, if not the number itself. Before the
+		// seal netstack would take its octets: it does not look at the acknowledgement (RFC 5961 section 5).
+		sp.Seq = n.ack.Add(1 + r.Uint32N(20000))
+		if r.IntN(3) == 0 {
+			sp.Seq = n.ack.Add(-(200 + r.Uint32N(60000)))
+		}
 	}
 	if r.IntN(8) == 0 { // not even the port
 		sp.Src = netip.AddrPortFrom(c.addr.Addr(), uint16(1+r.IntN(1<<14)))

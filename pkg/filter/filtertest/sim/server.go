@@ -141,7 +141,7 @@ func (v *server) accept(k *socket, from netip.AddrPort) {
 	}
 	v.w.trace.note("the server accepts client %d (%d octets before)", c.id, s.got)
 	if s.closed || s.reset {
-		if !c.aborted {
+		if over := c.over() && s.got == c.plan.up && s.sent == c.plan.down; !c.aborted && !over { // a remote that has closed may answer with RST
 			v.w.fail("the server got client %d (%v) again, which had ended", c.id, from)
 		}
 		k.reset()

@@ -77,6 +77,7 @@ type Report struct {
 	Lost, Duplicated, Reordered, Corrupted  int
 	Snapshots, SnapshotAborts, Refused      int
 	Restores, RestoreAborts, Crashes, Wakes int
+	Reboots                                 int
 	DroppedDown, Outsiders, Again           int // connections from a port that was used before
 	Held                                    time.Duration
 	Reasons                                 [filter.NumReasons]int

@@ -28,6 +28,8 @@ type world struct {
 	localLoss  float64 // of what is injected into the local stack
 	behind     bool    // the application is in a network namespace behind the node
 	cubic      bool    // of the remotes
+	booted     int64   // when the node's clock began
+	rebooted   bool    // no filter has run since the node was started anew
 	offload    bool    // checksums of local are left to the device
 	injects    *rand.Rand
 	up, down   *link
@@ -89,7 +91,7 @@ func (w *world) hushed() bool { return w.hush }
 // packet of the event when it goes on.
 func (w *world) step(ev filter.Event, on func([]byte)) {
 	w.fx.Reset()
-	w.engine.Step(w.clk.time(), ev, &w.fx)
+	w.engine.Step(w.nodeTime(), ev, &w.fx)
 	w.effects(ev.Packet, on)
 	if w.engine != nil {
 		w.planDeadline()
@@ -98,6 +100,9 @@ func (w *world) step(ev filter.Event, on func([]byte)) {
 
 func (w *world) planDeadline() {
 	at := w.engine.NextDeadline()
+	if at != 0 {
+		at += w.booted
+	}
 	if w.deadline != nil && w.deadline.index >= 0 {
 		if at == w.deadline.at {
 			return
@@ -261,6 +266,25 @@ func (w *world) crash() {
 	w.clk.at(w.clk.time(), w.agent.resume)
 }
 
+// nodeTime is CLOCK_BOOTTIME of the node.
+func (w *world) nodeTime() filter.Time { return w.clk.time() - w.booted }
+
+// reboot starts the node anew while the application is away: its clock, sockets
+// and sets begin anew, and it hears nothing until the filter runs.
+func (w *world) reboot(seed uint64) {
+	if w.state != appstate.SnapshotDone || w.server.up || w.err != nil || w.waited() {
+		return
+	}
+	w.trace.note("the node is started anew")
+	w.rep.Reboots++
+	if w.engine != nil {
+		w.crash()
+	}
+	w.rebooted, w.booted = true, w.clk.time()-int64(5*time.Second)
+	w.node = newNode()
+	w.newLocal(seed)
+}
+
 // newFilter starts a filter that takes up what an earlier one recorded.
 func (w *world) newFilter() {
 	w.engines++
@@ -271,10 +295,11 @@ func (w *world) newFilter() {
 		return w.node.flows[flowKey{id.Remote, id.Local.Addr()}] || w.node.sets[filter.SetAway][id.Local.Addr()]
 	}
 	w.fx.Reset()
-	if err := w.engine.Load(w.clk.time(), apps, conns, known, false, &w.fx); err != nil {
+	if err := w.engine.Load(w.nodeTime(), apps, conns, known, w.rebooted, &w.fx); err != nil {
 		w.fail("records are refused: %v", err)
 		return
 	}
+	w.rebooted = false
 	for _, a := range apps {
 		w.state = a.State
 	}
