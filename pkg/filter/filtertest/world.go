@@ -321,6 +321,8 @@ func (w *World) localTakes(l *link, s *packet.Segment) {
 		}
 	case s.Len() == 0 && min(l.local.rcv.Size(s.Seq), s.Seq.Size(l.local.rcv)) > 1<<20: // far outside its window
 		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
+	case s.Len() > 0 && s.Seq.Less(l.local.rcv) && s.End().LessEq(l.local.rcv): // it has all of it
+		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
 	case s.Len() > 0 && s.Seq == l.local.rcv:
 		l.local.rcv, l.local.got = s.End(), append(l.local.got, s.Payload()...)
 		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
