@@ -18,7 +18,7 @@ func FuzzDamage(f *testing.F) {
 		f.Fatal(err)
 	}
 	for i := range 200 {
-		if err := j.Apply([]Entry{{Conns, fmt.Appendf(nil, "connection %d", i), bytes.Repeat([]byte{byte(i)}, 100)}, {Apps, []byte("a"), []byte{1}}}); err != nil {
+		if err := j.Apply([]Entry{{Table: Conns, Key: fmt.Appendf(nil, "connection %d", i), Value: bytes.Repeat([]byte{byte(i)}, 100)}, {Table: Apps, Key: []byte("a"), Value: []byte{1}}}); err != nil {
 			f.Fatal(err)
 		}
 	}
@@ -59,12 +59,12 @@ func FuzzDamage(f *testing.F) {
 			}
 			return
 		}
-		for _, table := range []Table{Meta, Apps, Conns} {
+		for _, table := range []Table{Meta, Apps, Conns, Spool} {
 			if err := j.Read(table, func(k, v []byte) error { _ = bytes.Clone(v); return nil }); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if err := errors.Join(j.Apply([]Entry{{Apps, []byte("b"), []byte{2}}}), j.Close()); err != nil {
+		if err := errors.Join(j.Apply([]Entry{{Table: Apps, Key: []byte("b"), Value: []byte{2}}}), j.Close()); err != nil {
 			t.Fatal(err)
 		}
 	})

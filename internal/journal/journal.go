@@ -5,6 +5,7 @@
 package journal
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -32,13 +33,16 @@ const (
 	Meta  Table = "meta"
 	Apps  Table = "apps"  // by name
 	Conns Table = "conns" // by addresses
+	Spool Table = "spool" // by addresses and order
 )
 
-// Entry is one change: a nil Value deletes the key.
+// Entry is one change: a nil Value deletes the key, with Prefix all keys that
+// begin with Key.
 type Entry struct {
-	Table Table
-	Key   []byte
-	Value []byte
+	Table  Table
+	Key    []byte
+	Value  []byte
+	Prefix bool
 }
 
 // Journal is an open file. Its methods may be called from one goroutine at a
@@ -109,7 +113,7 @@ func (j *Journal) begin(path string) error {
 			if n, _ := tx.Cursor().First(); n != nil {
 				return damaged(path, errors.New("it holds something else"))
 			}
-			for _, t := range []Table{Meta, Apps, Conns} {
+			for _, t := range []Table{Meta, Apps, Conns, Spool} {
 				if _, err := tx.CreateBucket([]byte(t)); err != nil {
 					return err
 				}
@@ -129,7 +133,11 @@ func (j *Journal) begin(path string) error {
 				first = damaged(path, err)
 			}
 		}
-		return first
+		if first != nil {
+			return first
+		}
+		_, err := tx.CreateBucketIfNotExists([]byte(Spool)) // younger than the format
+		return err
 	})
 }
 
@@ -141,9 +149,12 @@ func (j *Journal) Apply(entries []Entry) error {
 			e := &entries[i]
 			b := tx.Bucket([]byte(e.Table))
 			var err error
-			if e.Value == nil {
+			switch {
+			case e.Value == nil && e.Prefix:
+				err = deleteAll(b, e.Key)
+			case e.Value == nil:
 				err = b.Delete(e.Key)
-			} else {
+			default:
 				err = b.Put(e.Key, e.Value)
 			}
 			if err != nil {
@@ -152,6 +163,17 @@ func (j *Journal) Apply(entries []Entry) error {
 		}
 		return nil
 	})
+}
+
+// deleteAll deletes every key that begins with prefix.
+func deleteAll(b *bolt.Bucket, prefix []byte) error {
+	c := b.Cursor()
+	for k, _ := c.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = c.Seek(prefix) {
+		if err := c.Delete(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Read calls f for every entry of a table. Key and value are f's only until it

@@ -36,12 +36,17 @@ func TestApply(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "journal.db")
 	j := open(t, path)
 	err := j.Apply([]Entry{
-		{Apps, []byte("a"), []byte("1")},
-		{Conns, []byte("x"), []byte("1")},
-		{Conns, []byte("y"), []byte("1")},
-		{Conns, []byte("x"), nil},
-		{Conns, []byte("not there"), nil},
-		{Apps, []byte("a"), []byte("2")}, // the last one counts
+		{Table: Apps, Key: []byte("a"), Value: []byte("1")},
+		{Table: Conns, Key: []byte("x"), Value: []byte("1")},
+		{Table: Conns, Key: []byte("y"), Value: []byte("1")},
+		{Table: Conns, Key: []byte("x"), Value: nil},
+		{Table: Conns, Key: []byte("not there"), Value: nil},
+		{Table: Apps, Key: []byte("a"), Value: []byte("2")}, // the last one counts
+		{Table: Spool, Key: []byte("a1"), Value: []byte("1")},
+		{Table: Spool, Key: []byte("a2"), Value: []byte("1")},
+		{Table: Spool, Key: []byte("b1"), Value: []byte("1")},
+		{Table: Spool, Key: []byte("a"), Prefix: true},
+		{Table: Spool, Key: []byte("a3"), Value: []byte("1")},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -50,7 +55,7 @@ func TestApply(t *testing.T) {
 		t.Fatal(err)
 	}
 	j = open(t, path)
-	if got := fmt.Sprint(read(t, j, Apps), read(t, j, Conns)); got != "map[a:2] map[y:1]" {
+	if got := fmt.Sprint(read(t, j, Apps), read(t, j, Conns), read(t, j, Spool)); got != "map[a:2] map[y:1] map[a3:1 b1:1]" {
 		t.Errorf("read back: %s", got)
 	}
 }
@@ -58,7 +63,7 @@ func TestApply(t *testing.T) {
 // A batch with an impossible entry leaves nothing of it behind.
 func TestApplyIsOne(t *testing.T) {
 	j := open(t, filepath.Join(t.TempDir(), "journal.db"))
-	if err := j.Apply([]Entry{{Apps, []byte("a"), []byte("1")}, {Apps, nil, []byte("no key")}}); err == nil {
+	if err := j.Apply([]Entry{{Table: Apps, Key: []byte("a"), Value: []byte("1")}, {Table: Apps, Key: nil, Value: []byte("no key")}}); err == nil {
 		t.Error("an entry without a key was taken")
 	}
 	if m := read(t, j, Apps); len(m) != 0 {
@@ -77,7 +82,7 @@ func TestHeldByAnother(t *testing.T) {
 func TestVersion(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "journal.db")
 	j := open(t, path)
-	if err := j.Apply([]Entry{{Meta, versionKey, binary.BigEndian.AppendUint32(nil, Version+1)}}); err != nil {
+	if err := j.Apply([]Entry{{Table: Meta, Key: versionKey, Value: binary.BigEndian.AppendUint32(nil, Version+1)}}); err != nil {
 		t.Fatal(err)
 	}
 	must(t, j.Close())
@@ -100,7 +105,7 @@ func TestDamage(t *testing.T) {
 	j := open(t, whole)
 	var entries []Entry
 	for i := range 2000 {
-		entries = append(entries, Entry{Conns, fmt.Appendf(nil, "%06d", i), bytes.Repeat([]byte{byte(i)}, 100)})
+		entries = append(entries, Entry{Table: Conns, Key: fmt.Appendf(nil, "%06d", i), Value: bytes.Repeat([]byte{byte(i)}, 100)})
 	}
 	must(t, j.Apply(entries))
 	must(t, j.Close())

@@ -18,7 +18,7 @@ func written(t *testing.T) (b []byte, path string) {
 		t.Fatal(err)
 	}
 	for i := range 300 {
-		if err := j.Apply([]Entry{{Conns, []byte{byte(i), byte(i >> 8)}, make([]byte, 100)}}); err != nil {
+		if err := j.Apply([]Entry{{Table: Conns, Key: []byte{byte(i), byte(i >> 8)}, Value: make([]byte, 100)}}); err != nil {
 			t.Fatal(err)
 		}
 	}
