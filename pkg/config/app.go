@@ -198,6 +198,10 @@ func readHeartbeat(t *table) (b Heartbeat) {
 	if send && interval && b.Interval == 0 {
 		t.fault("interval", nil, "is zero; write how often send goes out, such as \"30s\"")
 	}
+	t.boolean("only_closed", &b.OnlyClosed)
+	if !send && t.has("only_closed") {
+		t.fault("only_closed", nil, "nothing goes out; write send too")
+	}
 	if !send && t.has("interval") {
 		t.fault("interval", nil, "nothing goes out at an interval; write send too")
 	}

@@ -10,7 +10,7 @@ import (
 func defaultCluster() Cluster {
 	return Cluster{
 		Filter: Filter{ExcludePorts: []uint16{22}},
-		Hold:   Hold{OnDataDuringSnapshot: OnDataHold},
+		Hold:   Hold{OnDataDuringSnapshot: OnDataHold, Wake: WakeFirst},
 	}
 }
 
@@ -124,6 +124,7 @@ func notBoth(t *table, exclude, include []uint16) {
 func readHold(t *table, h *Hold) {
 	t.word("on_data_during_snapshot", &h.OnDataDuringSnapshot, OnDataHold, OnDataAbort)
 	t.size("spool", &h.Spool)
+	t.word("wake", &h.Wake, WakeFirst, WakeFull)
 	t.done()
 }
 

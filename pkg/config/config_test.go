@@ -61,7 +61,7 @@ func TestDefaults(t *testing.T) {
 		Process: Process{StopSignal: "SIGKILL", StopTimeout: Duration(5 * time.Second), ReadyTimeout: Duration(10 * time.Second)},
 		Checkpoint: Checkpoint{Engine: "restart", DrainTimeout: Duration(5 * time.Second), Boundary: "turn",
 			Quiet: Duration(50 * time.Millisecond)},
-		Hold: Hold{OnDataDuringSnapshot: "hold"},
+		Hold: Hold{OnDataDuringSnapshot: "hold", Wake: "first-byte"},
 	}
 	if got := c.Apps["a"]; !reflect.DeepEqual(got, want) {
 		t.Errorf("application\n got %+v\nwant %+v", got, want)
@@ -78,7 +78,7 @@ func TestDefaults(t *testing.T) {
 	if c.Node != wantNode {
 		t.Errorf("node\n got %+v\nwant %+v", c.Node, wantNode)
 	}
-	wantCluster := Cluster{Filter: Filter{ExcludePorts: []uint16{22}}, Hold: Hold{OnDataDuringSnapshot: "hold"}}
+	wantCluster := Cluster{Filter: Filter{ExcludePorts: []uint16{22}}, Hold: Hold{OnDataDuringSnapshot: "hold", Wake: "first-byte"}}
 	if !reflect.DeepEqual(c.Cluster, wantCluster) {
 		t.Errorf("cluster\n got %+v\nwant %+v", c.Cluster, wantCluster)
 	}
@@ -188,8 +188,10 @@ reply = "PONG\r\n"
 remote = "2001:db8::7"
 send_hex = "00 fF"
 interval = "30s"
+only_closed = true
 [hold]
 spool = "1MiB"
+wake = "full"
 `,
 	"apps/odd.name.toml": `
 vip = "2001:db8::101"
@@ -214,10 +216,10 @@ func TestEverything(t *testing.T) {
 		t.Errorf("queue %+v", c.Node.Queue)
 	}
 	a := c.Apps["redis"]
-	if a.Hold != (Hold{OnDataDuringSnapshot: "abort", Spool: 1 << 20}) {
+	if a.Hold != (Hold{OnDataDuringSnapshot: "abort", Spool: 1 << 20, Wake: "full"}) {
 		t.Errorf("hold %+v is not the application's over the cluster's", a.Hold)
 	}
-	if got := c.Apps["odd.name"].Hold; got != (Hold{OnDataDuringSnapshot: "abort", Spool: 256 << 10}) {
+	if got := c.Apps["odd.name"].Hold; got != (Hold{OnDataDuringSnapshot: "abort", Spool: 256 << 10, Wake: "first-byte"}) {
 		t.Errorf("hold %+v is not the cluster's", got)
 	}
 	if a.Process.StopSignal != "SIGTERM" {
@@ -228,7 +230,7 @@ func TestEverything(t *testing.T) {
 	}
 	want := []Heartbeat{
 		{Remote: netip.MustParsePrefix("198.51.100.0/24"), Match: []byte("PING\r\n"), Reply: []byte("PONG\r\n")},
-		{Remote: netip.MustParsePrefix("2001:db8::7/128"), Send: []byte{0, 0xff}, Interval: Duration(30 * time.Second)},
+		{Remote: netip.MustParsePrefix("2001:db8::7/128"), Send: []byte{0, 0xff}, Interval: Duration(30 * time.Second), OnlyClosed: true},
 	}
 	if !reflect.DeepEqual(a.Heartbeats, want) {
 		t.Errorf("heartbeats %+v", a.Heartbeats)

@@ -175,6 +175,7 @@ remote = "::/0"
 match = "x"
 interval = "1s"
 reply = 1
+only_closed = true
 [[heartbeat]]
 remote = "::/0"
 reply = "x"
@@ -193,8 +194,9 @@ send_hexx = ""
 			`19:12: heartbeat.interval: is zero; write how often send goes out, such as "30s"`,
 			`23:12: heartbeat.interval: nothing goes out at an interval; write send too`,
 			`24:9: heartbeat.reply: want a string, have an integer`,
-			`25:3: heartbeat has neither match nor send; write what remotes send or what they are sent`,
-			`28:1: unknown key "heartbeat.send_hexx"; did you mean "send_hex"?`,
+			`25:15: heartbeat.only_closed: nothing goes out; write send too`,
+			`26:3: heartbeat has neither match nor send; write what remotes send or what they are sent`,
+			`29:1: unknown key "heartbeat.send_hexx"; did you mean "send_hex"?`,
 		}},
 	} {
 		ft.check(t, "apps/a.toml", nil)

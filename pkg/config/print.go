@@ -138,6 +138,7 @@ func (p *printer) hold(h Hold, path ...string) {
 	p.table(path...)
 	p.set("on_data_during_snapshot", h.OnDataDuringSnapshot)
 	p.set("spool", h.Spool)
+	p.set("wake", h.Wake)
 }
 
 func (p *printer) node(n *Node) {
@@ -212,6 +213,7 @@ func (p *printer) app(name string, a *App) {
 		p.bytes("send", b.Send)
 		if len(b.Send) > 0 {
 			p.set("interval", b.Interval)
+			p.set("only_closed", b.OnlyClosed)
 		}
 	}
 	p.hold(a.Hold, "apps", name, "hold")

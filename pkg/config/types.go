@@ -17,6 +17,10 @@ const (
 
 // Words of hold.on_data_during_snapshot.
 const (
+	// WakeFirst wakes the application as soon as data comes for it.
+	WakeFirst = "first-byte"
+	// WakeFull wakes it when a spool has no room left, or its remote has closed.
+	WakeFull = "full"
 	// OnDataHold keeps a remote's payload waiting until the restore.
 	OnDataHold = "hold"
 	// OnDataAbort gives the snapshot up when payload arrives.
@@ -97,6 +101,8 @@ type Hold struct {
 	OnDataDuringSnapshot string
 	// Spool is the most payload kept for each connection; 0 keeps none.
 	Spool ByteSize
+	// Wake is WakeFirst or WakeFull: which octets of a spool wake the application.
+	Wake string
 }
 
 // Balance is [balance]: when applications move between nodes by themselves.
@@ -225,4 +231,6 @@ type Heartbeat struct {
 	Remote             netip.Prefix
 	Match, Reply, Send []byte
 	Interval           Duration
+	// OnlyClosed sends only while the remote is told to wait with its data.
+	OnlyClosed bool
 }
