@@ -201,13 +201,16 @@ func (x *AppReply) GetNotes() []string {
 	return nil
 }
 
+// Heartbeat is a message that the filter answers, or sends, while the
+// application is away.
 type Heartbeat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Remote        string                 `protobuf:"bytes,1,opt,name=remote,proto3" json:"remote,omitempty"` // prefix
-	Match         []byte                 `protobuf:"bytes,2,opt,name=match,proto3" json:"match,omitempty"`
+	Match         []byte                 `protobuf:"bytes,2,opt,name=match,proto3" json:"match,omitempty"`   // answered when it is the whole segment
 	Reply         []byte                 `protobuf:"bytes,3,opt,name=reply,proto3" json:"reply,omitempty"`
-	Send          []byte                 `protobuf:"bytes,4,opt,name=send,proto3" json:"send,omitempty"`
+	Send          []byte                 `protobuf:"bytes,4,opt,name=send,proto3" json:"send,omitempty"` // every interval
 	IntervalMs    int64                  `protobuf:"varint,5,opt,name=interval_ms,json=intervalMs,proto3" json:"interval_ms,omitempty"`
+	OnlyClosed    bool                   `protobuf:"varint,6,opt,name=only_closed,json=onlyClosed,proto3" json:"only_closed,omitempty"` // send only while the window is closed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -275,6 +278,13 @@ func (x *Heartbeat) GetIntervalMs() int64 {
 		return x.IntervalMs
 	}
 	return 0
+}
+
+func (x *Heartbeat) GetOnlyClosed() bool {
+	if x != nil {
+		return x.OnlyClosed
+	}
+	return false
 }
 
 type RegisterRequest struct {
@@ -915,7 +925,13 @@ type SnapshotFreezeRequest struct {
 	PassCloses bool `protobuf:"varint,4,opt,name=pass_closes,json=passCloses,proto3" json:"pass_closes,omitempty"`
 	// Data that comes for a frozen connection gives the snapshot up: SEAL is
 	// refused then.
-	AbortOnData   bool `protobuf:"varint,5,opt,name=abort_on_data,json=abortOnData,proto3" json:"abort_on_data,omitempty"`
+	AbortOnData bool `protobuf:"varint,5,opt,name=abort_on_data,json=abortOnData,proto3" json:"abort_on_data,omitempty"`
+	// While the application is away: bytes of each connection that are taken,
+	// acknowledged and kept for it; 0: none.
+	Spool uint32 `protobuf:"varint,6,opt,name=spool,proto3" json:"spool,omitempty"`
+	// Only a full spool, or a remote that closes, wakes; otherwise the first byte.
+	WakeFull      bool         `protobuf:"varint,7,opt,name=wake_full,json=wakeFull,proto3" json:"wake_full,omitempty"`
+	Heartbeats    []*Heartbeat `protobuf:"bytes,8,rep,name=heartbeats,proto3" json:"heartbeats,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -983,6 +999,27 @@ func (x *SnapshotFreezeRequest) GetAbortOnData() bool {
 		return x.AbortOnData
 	}
 	return false
+}
+
+func (x *SnapshotFreezeRequest) GetSpool() uint32 {
+	if x != nil {
+		return x.Spool
+	}
+	return 0
+}
+
+func (x *SnapshotFreezeRequest) GetWakeFull() bool {
+	if x != nil {
+		return x.WakeFull
+	}
+	return false
+}
+
+func (x *SnapshotFreezeRequest) GetHeartbeats() []*Heartbeat {
+	if x != nil {
+		return x.Heartbeats
+	}
+	return nil
 }
 
 type SealRequest struct {
@@ -1477,6 +1514,7 @@ type ConnInfo struct {
 	// Verdicts by reason, in the words of AppStatus.reasons: one for each of
 	// segments_in and segments_out. Only when they were asked for.
 	Reasons       map[string]uint64 `protobuf:"bytes,30,rep,name=reasons,proto3" json:"reasons,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	Socket        string            `protobuf:"bytes,40,opt,name=socket,proto3" json:"socket,omitempty"` // address of local's own socket, where its port is another than the one that the remote sees
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1719,6 +1757,13 @@ func (x *ConnInfo) GetReasons() map[string]uint64 {
 		return x.Reasons
 	}
 	return nil
+}
+
+func (x *ConnInfo) GetSocket() string {
+	if x != nil {
+		return x.Socket
+	}
+	return ""
 }
 
 type ConnInfoReply struct {
@@ -2946,14 +2991,16 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1f\n" +
 	"\vsnapshot_id\x18\x03 \x01(\tR\n" +
 	"snapshotId\x12\x14\n" +
-	"\x05notes\x18\x04 \x03(\tR\x05notes\"\x84\x01\n" +
+	"\x05notes\x18\x04 \x03(\tR\x05notes\"\xa5\x01\n" +
 	"\tHeartbeat\x12\x16\n" +
 	"\x06remote\x18\x01 \x01(\tR\x06remote\x12\x14\n" +
 	"\x05match\x18\x02 \x01(\fR\x05match\x12\x14\n" +
 	"\x05reply\x18\x03 \x01(\fR\x05reply\x12\x12\n" +
 	"\x04send\x18\x04 \x01(\fR\x04send\x12\x1f\n" +
 	"\vinterval_ms\x18\x05 \x01(\x03R\n" +
-	"intervalMs\"\x82\x02\n" +
+	"intervalMs\x12\x1f\n" +
+	"\vonly_closed\x18\x06 \x01(\bR\n" +
+	"onlyClosed\"\x82\x02\n" +
 	"\x0fRegisterRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x12\n" +
 	"\x04vips\x18\x02 \x03(\tR\x04vips\x12#\n" +
@@ -3017,14 +3064,19 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x18\n" +
 	"\alearned\x18\x03 \x01(\rR\alearned\x12\x1c\n" +
-	"\tunlearned\x18\x04 \x03(\tR\tunlearned\"\xa5\x01\n" +
+	"\tunlearned\x18\x04 \x03(\tR\tunlearned\"\x94\x02\n" +
 	"\x15SnapshotFreezeRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1a\n" +
 	"\bboundary\x18\x02 \x01(\tR\bboundary\x12\x19\n" +
 	"\bquiet_ms\x18\x03 \x01(\x03R\aquietMs\x12\x1f\n" +
 	"\vpass_closes\x18\x04 \x01(\bR\n" +
 	"passCloses\x12\"\n" +
-	"\rabort_on_data\x18\x05 \x01(\bR\vabortOnData\"\x1f\n" +
+	"\rabort_on_data\x18\x05 \x01(\bR\vabortOnData\x12\x14\n" +
+	"\x05spool\x18\x06 \x01(\rR\x05spool\x12\x1b\n" +
+	"\twake_full\x18\a \x01(\bR\bwakeFull\x12:\n" +
+	"\n" +
+	"heartbeats\x18\b \x03(\v2\x1a.nfconnfilter.v1.HeartbeatR\n" +
+	"heartbeats\"\x1f\n" +
 	"\vSealRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\"^\n" +
 	"\x13SnapshotDoneRequest\x12\x10\n" +
@@ -3054,7 +3106,7 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x05count\x18\x03 \x01(\rR\x05count\"@\n" +
 	"\x12GetConnInfoRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x18\n" +
-	"\areasons\x18\x02 \x01(\bR\areasons\"\xf7\a\n" +
+	"\areasons\x18\x02 \x01(\bR\areasons\"\x8f\b\n" +
 	"\bConnInfo\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\tR\x05local\x12\x16\n" +
 	"\x06remote\x18\x02 \x01(\tR\x06remote\x12\x12\n" +
@@ -3093,7 +3145,8 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\rsent_to_local\x18\x1b \x01(\rR\vsentToLocal\x12#\n" +
 	"\rkept_segments\x18\x1c \x01(\rR\fkeptSegments\x12$\n" +
 	"\x0eremote_idle_ms\x18\x1d \x01(\x03R\fremoteIdleMs\x12@\n" +
-	"\areasons\x18\x1e \x03(\v2&.nfconnfilter.v1.ConnInfo.ReasonsEntryR\areasons\x1a:\n" +
+	"\areasons\x18\x1e \x03(\v2&.nfconnfilter.v1.ConnInfo.ReasonsEntryR\areasons\x12\x16\n" +
+	"\x06socket\x18( \x01(\tR\x06socket\x1a:\n" +
 	"\fReasonsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"h\n" +
@@ -3282,67 +3335,68 @@ var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
 	6,  // 0: nfconnfilter.v1.AdoptRequest.sockets:type_name -> nfconnfilter.v1.Socket
 	6,  // 1: nfconnfilter.v1.SnapshotStartRequest.sockets:type_name -> nfconnfilter.v1.Socket
-	15, // 2: nfconnfilter.v1.RestoreConnRequest.conns:type_name -> nfconnfilter.v1.ConnID
-	40, // 3: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
-	20, // 4: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
-	41, // 5: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
-	42, // 6: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
-	23, // 7: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
-	24, // 8: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
-	29, // 9: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
-	29, // 10: nfconnfilter.v1.AgentSnapshotReply.phases:type_name -> nfconnfilter.v1.Phase
-	34, // 11: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
-	4,  // 12: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
-	5,  // 13: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
-	7,  // 14: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
-	9,  // 15: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
-	11, // 16: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
-	12, // 17: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
-	13, // 18: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
-	1,  // 19: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
-	14, // 20: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
-	16, // 21: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
-	17, // 22: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
-	1,  // 23: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
-	1,  // 24: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
-	19, // 25: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
-	22, // 26: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
-	26, // 27: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
-	27, // 28: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
-	28, // 29: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
-	31, // 30: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
-	33, // 31: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
-	36, // 32: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
-	37, // 33: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
-	38, // 34: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
-	2,  // 35: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
-	2,  // 36: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
-	8,  // 37: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
-	10, // 38: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
-	2,  // 39: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
-	2,  // 40: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
-	2,  // 41: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
-	2,  // 42: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
-	2,  // 43: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
-	2,  // 44: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
-	2,  // 45: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
-	2,  // 46: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
-	18, // 47: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
-	21, // 48: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
-	25, // 49: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
-	2,  // 50: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
-	30, // 51: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
-	30, // 52: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
-	32, // 53: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
-	35, // 54: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
-	30, // 55: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
-	30, // 56: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
-	39, // 57: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
-	35, // [35:58] is the sub-list for method output_type
-	12, // [12:35] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	3,  // 2: nfconnfilter.v1.SnapshotFreezeRequest.heartbeats:type_name -> nfconnfilter.v1.Heartbeat
+	15, // 3: nfconnfilter.v1.RestoreConnRequest.conns:type_name -> nfconnfilter.v1.ConnID
+	40, // 4: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
+	20, // 5: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
+	41, // 6: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
+	42, // 7: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
+	23, // 8: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
+	24, // 9: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
+	29, // 10: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
+	29, // 11: nfconnfilter.v1.AgentSnapshotReply.phases:type_name -> nfconnfilter.v1.Phase
+	34, // 12: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
+	4,  // 13: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
+	5,  // 14: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
+	7,  // 15: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
+	9,  // 16: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
+	11, // 17: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
+	12, // 18: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
+	13, // 19: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
+	1,  // 20: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
+	14, // 21: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
+	16, // 22: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
+	17, // 23: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
+	1,  // 24: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
+	1,  // 25: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
+	19, // 26: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
+	22, // 27: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
+	26, // 28: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
+	27, // 29: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
+	28, // 30: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
+	31, // 31: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
+	33, // 32: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
+	36, // 33: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
+	37, // 34: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
+	38, // 35: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
+	2,  // 36: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
+	2,  // 37: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
+	8,  // 38: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
+	10, // 39: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
+	2,  // 40: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
+	2,  // 41: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
+	2,  // 42: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
+	2,  // 43: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
+	2,  // 44: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
+	2,  // 45: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
+	2,  // 46: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
+	2,  // 47: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
+	18, // 48: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
+	21, // 49: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
+	25, // 50: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
+	2,  // 51: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
+	30, // 52: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
+	30, // 53: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
+	32, // 54: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
+	35, // 55: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
+	30, // 56: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
+	30, // 57: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
+	39, // 58: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
+	36, // [36:59] is the sub-list for method output_type
+	13, // [13:36] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_nfconnfilter_v1_nfconnfilter_proto_init() }
