@@ -37,6 +37,7 @@ type Node struct {
 	journal   *journal.Journal
 	unsaved   []journal.Entry
 	unsavedAt filter.Time // when the first of them came
+	chunks    uint64      // pieces of spools that were recorded, ever
 	owed      bool        // they should be on the disk already
 
 	instance string // another one for each start

@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/nfconnfilter/nfconnfilter/internal/journal"
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 )
 
 // lazyFor is how long the end of a connection may wait to be recorded: a
@@ -40,6 +42,11 @@ func (n *Node) record(records []filter.Record) error {
 			err = encoding.MarshalToBuffer(r.App, &buf)
 		case r.Name != "":
 			e.Table, e.Key = journal.Apps, []byte(r.Name)
+		case r.Chunk != nil:
+			e.Table, e.Key = journal.Spool, n.chunkKey(r)
+			_, err = buf.Write(r.Chunk.Data)
+		case r.Unspool:
+			e.Table, e.Key, e.Prefix = journal.Spool, spoolKey(r.ID), true
 		case r.Conn != nil:
 			e.Key = connKey(r.ID)
 			err = encoding.MarshalToBuffer(r.Conn, &buf)
@@ -122,6 +129,31 @@ func connKey(id filter.ConnID) []byte {
 	b = append(b, byte(len(b)))
 	b, _ = id.Remote.AppendBinary(b)
 	return b
+}
+
+// spoolKey begins the keys of a connection's spool; no such key begins that of
+// another one.
+func spoolKey(id filter.ConnID) []byte {
+	k := connKey(id)
+	return append([]byte{byte(len(k))}, k...)
+}
+
+// chunkKey is the key of a piece of a spool: its connection's, the order in which
+// pieces came, and its sequence number.
+func (n *Node) chunkKey(r *filter.Record) []byte {
+	n.chunks++
+	b := binary.BigEndian.AppendUint64(spoolKey(r.ID), n.chunks)
+	return binary.BigEndian.AppendUint32(b, uint32(r.Chunk.At))
+}
+
+// chunkOf reads a key of chunkKey.
+func chunkOf(key []byte) (id filter.ConnID, serial uint64, at seqnum.Value, err error) {
+	n := len(key) - 12
+	if n < 1 || int(key[0]) != n-1 {
+		return id, 0, 0, fmt.Errorf("key %x is not a spool's", key)
+	}
+	id, err = connOf(key[1:n])
+	return id, binary.BigEndian.Uint64(key[n:]), seqnum.Value(binary.BigEndian.Uint32(key[n+8:])), err
 }
 
 // connOf reads a key of connKey.

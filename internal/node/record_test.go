@@ -75,7 +75,10 @@ func TestRecords(t *testing.T) {
 	fill(t, reflect.ValueOf(&app).Elem(), &k)
 	fill(t, reflect.ValueOf(&conn).Elem(), &k)
 	fill(t, reflect.ValueOf(&gone).Elem(), &k)
-	records := []filter.Record{{App: &app}, {Conn: &gone, ID: gone.ID}, {Conn: &conn, ID: conn.ID}, {ID: gone.ID}, {App: &filter.AppRecord{Name: "other"}}, {Name: "other"}}
+	records := []filter.Record{{ID: conn.ID, Chunk: &filter.Chunk{}}, {ID: conn.ID, Unspool: true}, {ID: gone.ID, Chunk: &filter.Chunk{}}, {App: &app}, {Conn: &gone, ID: gone.ID}, {Conn: &conn, ID: conn.ID}, {ID: gone.ID}, {App: &filter.AppRecord{Name: "other"}}, {Name: "other"}}
+	for i := range conn.Chunks {
+		records = append(records, filter.Record{ID: conn.ID, Chunk: &conn.Chunks[i]})
+	}
 	if err := n.record(records); err != nil {
 		t.Fatal(err)
 	}

@@ -244,13 +244,30 @@ func endpoint(s string) (netip.AddrPort, error) {
 	return p, nil
 }
 
+// maxSpool bounds the spool of a connection: what a scaled window can announce.
+const maxSpool = 1 << 30
+
 func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.SnapshotFreezeRequest]) (*connect.Response[pb.AppReply], error) {
 	m := r.Msg
 	quiet, err := period("quiet_ms", m.QuietMs)
 	if err != nil {
 		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTFREEZE: "+err.Error())
 	}
-	return s.change(ctx, m.App, &filter.SnapshotFreeze{App: m.App, Boundary: m.Boundary, Quiet: quiet, PassCloses: m.PassCloses, AbortOnData: m.AbortOnData})
+	b := &filter.SnapshotFreeze{App: m.App, Boundary: m.Boundary, Quiet: quiet, PassCloses: m.PassCloses, AbortOnData: m.AbortOnData,
+		Spool: int(min(m.Spool, maxSpool)), WakeFull: m.WakeFull}
+	for _, h := range m.Heartbeats {
+		every, err := period("interval_ms", h.IntervalMs)
+		p, perr := netip.ParsePrefix(h.Remote)
+		if perr != nil {
+			err = fmt.Errorf("prefix %q of a heartbeat is none", h.Remote)
+		}
+		if err != nil {
+			return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTFREEZE: "+err.Error())
+		}
+		b.Heartbeats = append(b.Heartbeats, filter.Heartbeat{Remote: p, Match: h.Match, Reply: h.Reply, Send: h.Send,
+			Interval: every, OnlyClosed: h.OnlyClosed})
+	}
+	return s.change(ctx, m.App, b)
 }
 
 func (s service) Seal(ctx context.Context, r *connect.Request[pb.SealRequest]) (*connect.Response[pb.AppReply], error) {
@@ -334,8 +351,13 @@ func (s service) GetConnInfo(ctx context.Context, r *connect.Request[pb.GetConnI
 	out := &pb.ConnInfoReply{App: l.App, State: l.State.String(), Conns: make([]*pb.ConnInfo, 0, len(l.Conns))}
 	for i := range l.Conns {
 		c := &l.Conns[i]
+		socket := ""
+		if c.Socket.IsValid() {
+			socket = c.Socket.String()
+		}
 		out.Conns = append(out.Conns, &pb.ConnInfo{
-			Local: c.ID.Local.String(), Remote: c.ID.Remote.String(), Role: c.Role.String(), State: c.State.String(),
+			Socket: socket,
+			Local:  c.ID.Local.String(), Remote: c.ID.Remote.String(), Role: c.Role.String(), State: c.State.String(),
 			BytesIn: c.BytesIn, BytesOut: c.BytesOut, Translated: c.Translated, WindowClosed: c.Closed,
 			Frozen: c.Frozen, Sealed: c.Sealed, Learned: c.Learned, UnackedOut: c.Unacked, KeptBytes: c.Kept,
 			DeliveredIn: c.BytesIn, DiscardedOut: c.Discarded, LocalIdleMs: millis(c.LocalIdle), Missing: c.Missing,

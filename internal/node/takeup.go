@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -61,7 +62,14 @@ func (n *Node) openJournal(dir string) (l legacy, err error) {
 		return l, err
 	}
 	before := ""
+	chunks := map[filter.ConnID][]filter.Chunk{}
 	err = errors.Join(
+		n.journal.Read(journal.Spool, func(k, v []byte) error {
+			id, serial, at, err := chunkOf(k)
+			n.chunks = max(n.chunks, serial)
+			chunks[id] = append(chunks[id], filter.Chunk{At: at, Data: bytes.Clone(v)})
+			return err
+		}),
 		n.journal.Read(journal.Apps, l.app),
 		n.journal.Read(journal.Conns, l.conn),
 		n.journal.Read(journal.Meta, func(k, v []byte) error {
@@ -72,6 +80,14 @@ func (n *Node) openJournal(dir string) (l legacy, err error) {
 		}))
 	if err != nil {
 		return l, fmt.Errorf("%w: %s: %w; move it away to go on without what was held", journal.ErrDamaged, path, err)
+	}
+	for i := range l.conns {
+		r := &l.conns[i]
+		r.Chunks = chunks[r.ID]
+		delete(chunks, r.ID)
+	}
+	for id := range chunks { // their connection is gone
+		n.unsaved = append(n.unsaved, journal.Entry{Table: journal.Spool, Key: spoolKey(id), Prefix: true})
 	}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {

@@ -20,7 +20,7 @@ func (e *Engine) adopt(now Time, b *Adopt, a *app, fx *Effects) *Result {
 	at := min(b.At, now)
 	for i := len(a.conns) - 1; i >= 0; i-- {
 		c := a.conns[i]
-		if there[c.id] || c.expire != 0 || c.state == appstate.SynSent || at <= max(c.created, c.opened) {
+		if there[c.socketID()] || c.expire != 0 || c.state == appstate.SynSent || at <= max(c.created, c.opened) {
 			continue
 		}
 		e.remove(c, fx)

@@ -79,12 +79,23 @@ type conn struct {
 	kept      []byte       // payload from keptAt on
 	keptAt    seqnum.Value // RCV.NXT of the hold
 	keptFin   bool
+	spooled   bool         // what is kept was acknowledged to the remote
+	chunks    bool         // and is recorded
+	sentTo    seqnum.Value // of it, handed to local
+	own       []byte       // what we have said and the remote has not acknowledged
+	ownEnd    seqnum.Value // behind it
+	ownAt     Time         // when it is said again
+	ownTries  uint8
+	beatOf    uint8        // the periodic heartbeat that is due
+	beatAt    Time         // then
 	keptUrg   seqnum.Value // behind the urgent octets of it (RFC 9293 section 3.8.5)
 	urgent    bool         // keptUrg is known
 	exact     bucket       // for answers to segments that only the remote can send
 	strange   bucket       // for answers to all others
 
 	// The handshake with the returning local side.
+	activate  bool // local's next SYN to this remote is for this one
+	fresh     bool // local opened it while it was restored: it passes
 	hsIRS     seqnum.Value
 	hsISN     seqnum.Value
 	hsTS      uint32 // TSval of its SYN-ACK
@@ -137,7 +148,7 @@ func (c *conn) parked() {
 	c.app.derive = true
 	defer func() { c.app.derive = false }()
 	c.frozen, c.sealed = true, true
-	c.hole = c.ep.SndUna != c.ep.SndNxt // only by force
+	c.hole = c.lost() > 0 // only by force
 	if c.state == appstate.Connect && c.alive() || c.state == appstate.Closing && !c.finOut {
 		c.set(appstate.ConnectRmt)
 	}
@@ -172,7 +183,7 @@ func (c *conn) alive() bool {
 func (c *conn) restorable() bool {
 	switch c.state {
 	case appstate.ConnectRmt, appstate.Rst, appstate.Restoring:
-		return c.role == appstate.Passive && c.ackSeen && !c.hsDone
+		return c.ackSeen && !c.hsDone
 	}
 	return false
 }
@@ -228,6 +239,7 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 		return
 	}
 	if !c.learned {
+		c.ownAcked(s)
 		c.ackSeen = c.ackSeen || c.handshake && s.Ack == c.ep.SndNxt
 		return
 	}
@@ -247,6 +259,7 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 	}
 	c.ep.NoteWindow(s)
 	c.ep.Acked(s.Ack)
+	c.ownAcked(s)
 	if c.oldClock && s.Opt.HasTS {
 		c.oldClock = false
 		c.newClock(s.Opt.TSVal)
@@ -367,6 +380,7 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 	}
 	if n > 0 {
 		c.lastOut, c.last = now, localSpoke
+		c.askedAgain()
 	}
 	if (s.Ack == c.ep.RcvNxt || fresh) && !s.Has(packet.RST) {
 		c.ep.Announced(s.Ack, s.Window, fresh)
@@ -478,7 +492,12 @@ func (c *conn) missing(now Time) string {
 	case c.discarded > 0:
 		return fmt.Sprintf("%d octets from local after the seal were discarded", c.discarded)
 	case !c.frozen && !c.sealed:
+		if c.role == appstate.Active {
+			return "not at its boundary: local spoke last and has no reply"
+		}
 		return "not at its boundary: the remote spoke last and local has not answered"
+	case c.spooled && !c.sealed && c.learned:
+		return fmt.Sprintf("%d octets that came while local was away are not taken by it yet", len(c.kept))
 	case c.ep.SndUna != c.ep.SndNxt:
 		return fmt.Sprintf("%d octets sent are not acknowledged by the remote", c.ep.SndNxt.Size(c.ep.SndUna))
 	case c.sealed:

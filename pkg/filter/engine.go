@@ -47,10 +47,11 @@ type Engine struct {
 	order   []*app // sorted by name
 	byVIP   map[netip.Addr]*app
 	blocked map[netip.Addr]bool // VIPs whose connections were lost while away
-	conns   map[ConnID]*conn
-	flows   map[flowKey]int // translated connections of each entry in the set
-	kept    int             // octets of memory for payload
-	syns    int             // kept, of all applications
+	conns   map[ConnID]*conn    // as the remote sees them
+	alias   map[ConnID]*conn    // as local sees those whose port is translated
+	flows   map[flowKey]int     // translated connections of each entry in the set
+	kept    int                 // octets of memory for payload
+	syns    int                 // kept, of all applications
 	rng     uint64
 	timers  timers
 	asked   map[Time]struct{} // deadlines in timers
@@ -69,7 +70,7 @@ type Engine struct {
 func New(cfg Config) *Engine {
 	cfg.defaults()
 	return &Engine{
-		cfg: cfg, apps: map[string]*app{}, byVIP: map[netip.Addr]*app{}, blocked: map[netip.Addr]bool{}, conns: map[ConnID]*conn{}, flows: map[flowKey]int{},
+		cfg: cfg, apps: map[string]*app{}, byVIP: map[netip.Addr]*app{}, blocked: map[netip.Addr]bool{}, conns: map[ConnID]*conn{}, alias: map[ConnID]*conn{}, flows: map[flowKey]int{},
 		asked: map[Time]struct{}{}, rng: cfg.Seed,
 	}
 }
@@ -108,6 +109,9 @@ type app struct {
 	restarted   bool // the filter was, in the freeze, and nothing is sealed yet
 	passCloses  bool // until the seal
 	abortOnData bool
+	spool       int  // octets of each connection that are acknowledged while away
+	wakeFull    bool // only a full spool, or a FIN, wakes
+	heartbeats  []Heartbeat
 	quiet       Time
 	since       Time // of SNAPSHOTSTART
 	froze       Time
@@ -120,6 +124,7 @@ type app struct {
 	synIndex    map[ConnID]int // into syns
 	synTokens   int
 	synTokensAt Time
+	expected    map[flowKey][]*conn // in a restore: what local is to open again
 	probedAt    Time
 	tickAt      Time
 
@@ -240,6 +245,12 @@ func (e *Engine) dueApp(now Time, a *app, fx *Effects) {
 		c := a.conns[i]
 		if c.redoAt != 0 && c.redoAt <= now {
 			e.redeliver(now, c, fx)
+		}
+		if c.ownAt != 0 && c.ownAt <= now {
+			e.sayAgain(now, c, fx)
+		}
+		if c.beatAt != 0 && c.beatAt <= now {
+			e.beatDue(now, c, fx)
 		}
 		over := a.state == appstate.SnapshotDone && c.learned && c.finIn && c.finOut // no local side waits any more
 		if c.expire != 0 && c.expire <= now && (over || !a.state.Away()) {
@@ -370,11 +381,16 @@ func (e *Engine) remove(c *conn, fx *Effects) {
 		e.flow(c, false, fx)
 		a.settle(fx)
 	}
+	if c.chunks {
+		c.chunks = false
+		fx.Records = append(fx.Records, Record{ID: c.id, Unspool: true})
+	}
 	if c.saved {
 		c.saved = false
 		fx.Records = append(fx.Records, Record{ID: c.id})
 	}
 	e.unkeep(c)
+	e.setPort(c, 0)
 	c.answered()
 	a.bytesIn += c.bytesIn
 	a.bytesOut += c.bytesOut

@@ -28,8 +28,7 @@ func (e *Engine) freezeQuiet(now Time, c *conn) {
 	if c.frozen || !c.learned || !c.alive() {
 		return
 	}
-	last := max(c.lastIn, c.lastOut)
-	if c.last == localSpoke || now-max(last, c.app.froze) >= c.app.quiet {
+	if c.atTurn(now) {
 		c.freeze()
 	}
 }
@@ -92,7 +91,8 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 	s := &e.seg
 	v := c.ep.Receive(now, s)
-	if c.hole && c.ep.SndUna == c.ep.SndNxt { // the remote has everything after all
+	c.ownAcked(s)
+	if c.hole && c.lost() == 0 { // the remote has everything after all
 		c.hole = false
 		e.mark(c)
 	}
@@ -151,6 +151,13 @@ var heldReason = [...]Reason{
 // the window, both are kept and wake the application.
 func (e *Engine) heldNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effects) {
 	s := &e.seg
+	if v == tcpemu.Payload && e.heartbeat(now, c, fx) {
+		return
+	}
+	if c.spools() {
+		e.spoolNews(now, a, c, v, fx)
+		return
+	}
 	e.trimKept(c)
 	kept := e.keep(c, s)
 	if v == tcpemu.Payload && s.PayloadLen() > 0 {

@@ -11,6 +11,7 @@ import (
 // remote's view.
 type ConnInfo struct {
 	ID                                      ConnID
+	Socket                                  netip.AddrPort // local's own, where its port is translated
 	Role                                    appstate.Role
 	State                                   appstate.Conn
 	BytesIn, BytesOut                       uint64
@@ -46,6 +47,9 @@ func (e *Engine) connInfo(now Time, b *GetConnInfo) (any, error) {
 			SndNxt: uint32(c.ep.SndNxt), RcvNxt: uint32(c.ep.RcvNxt),
 			Restorable: c.restorable(), RemoteClosed: c.finIn, Reestablished: c.hsDone,
 			ConnStats: c.statistics(now, b.Reasons),
+		}
+		if c.tr.Port != 0 {
+			i.Socket = c.localAddr()
 		}
 		if c.learned {
 			i.Unacked = c.ep.SndNxt.Size(c.ep.SndUna)

@@ -27,7 +27,7 @@ func (c *conn) prepare(now Time) {
 	c.last, c.lastIn, c.lastOut = nobody, 0, 0
 	c.hsDone, c.hsStarted, c.hsError = false, false, ""
 	c.ep.Closed, c.hole = false, false
-	if c.redoAt != 0 {
+	if c.redoAt != 0 && !c.spooled { // a spool is handed on until the seal
 		c.redoAt = 0
 		c.finOwed = c.finIn && c.translated // the remote was told that it is taken and does not send it again
 		c.app.engine.unkeep(c)
@@ -39,11 +39,13 @@ func (e *Engine) listed(now Time, a *app, s *Socket, fx *Effects) {
 	if !s.Established && !s.LocalClosed || !a.wants(s.ID) || e.byVIP[s.ID.Local.Addr()] != a {
 		return
 	}
-	c := e.conns[s.ID]
+	c := e.bySocket(s.ID)
 	if c == nil {
 		role := appstate.Active
 		if s.Passive {
 			role = appstate.Passive
+		} else if !a.opens(s.ID.Remote.Port()) {
+			return
 		}
 		if c = e.newConn(now, a, s.ID, role, appstate.Connect, fx); c == nil {
 			return
@@ -92,9 +94,6 @@ func (e *Engine) listed(now Time, a *app, s *Socket, fx *Effects) {
 	c.expire = 0
 	c.listed, c.ackSeen = true, true
 	c.sendQueue = s.SendQueue
-	if !s.Passive && c.role == appstate.Active {
-		c.refused = "the application opened it; such connections cannot be held yet"
-	}
 	if s.HasInfo {
 		c.info(now, s)
 	}

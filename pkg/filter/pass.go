@@ -59,11 +59,17 @@ func (e *Engine) judge(now Time, p *Packet, fx *Effects) *app {
 		fx.drop(BadChecksum)
 		return a
 	}
-	c := e.conns[id]
-	e.sees(c, inbound, s)
 	if inbound {
+		c := e.conns[id]
+		e.sees(c, inbound, s)
 		e.inbound(now, a, c, id, p, fx)
 	} else {
+		c := e.bySocket(id)
+		if c != nil && c.tr.Port != 0 && s.Flags&(packet.SYN|packet.ACK) == packet.SYN && c.closed {
+			e.setPort(c, 0) // its port is used for another connection
+			c = nil
+		}
+		e.sees(c, inbound, s)
 		e.outbound(now, a, c, id, p, fx)
 	}
 	return a
@@ -166,6 +172,8 @@ func (e *Engine) icmpError(p *Packet, fx *Effects) *app {
 func (e *Engine) inbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
 	s := &e.seg
 	switch {
+	case c != nil && c.fresh || a.state == appstate.SnapshotFreeze && !a.sealed && c != nil && c.state == appstate.SynSent:
+		// local has opened it just now
 	case a.state == appstate.SnapshotFreeze && c != nil && c.passes(a) && !s.Has(packet.SYN):
 		e.letThrough(now, c, p, fx)
 		return
@@ -234,7 +242,9 @@ func (e *Engine) synIn(now Time, a *app, c *conn, id ConnID, fx *Effects) {
 	fx.accept(HandshakePass)
 	if s.Has(packet.ACK) {
 		if c != nil && c.translated {
-			fx.drop(Malformed) // no connection that we translate was opened by local
+			fx.drop(Malformed) // an old one: its connection is open
+		} else if c != nil {
+			e.synAckIn(now, c, s, fx)
 		}
 		return
 	}
@@ -253,7 +263,7 @@ func (e *Engine) noteSyn(now Time, a *app, c *conn, id ConnID, s *packet.Segment
 	c.syn = pendingSyn{seen: true, irs: s.Seq, end: s.End(), opt: s.Opt, window: s.Window, ecn: s.Has(packet.ECE | packet.CWR)}
 }
 
-// pendingSyn is a SYN of the remote that local has not answered yet.
+// pendingSyn is a SYN that the other side has not answered yet.
 type pendingSyn struct {
 	seen   bool
 	irs    seqnum.Value
@@ -261,13 +271,14 @@ type pendingSyn struct {
 	opt    packet.Options
 	window uint16
 	ecn    bool // it offers ECN (RFC 3168 section 6.1.1)
+	out    bool // local's own
 }
 
 // synAckOut makes c a new connection when s, a SYN-ACK of local, answers the
 // SYN that was noted.
 func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 	syn := c.syn
-	if !c.answersSyn(s) || c.handshake && c.iss == s.Seq && c.irs == syn.irs {
+	if syn.out || !c.answersSyn(s) || c.handshake && c.iss == s.Seq && c.irs == syn.irs {
 		return
 	}
 	// The structure of an earlier connection on these addresses ends here,
@@ -338,6 +349,7 @@ func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *E
 		fx.accept(HandshakePass)
 		switch {
 		case !s.Has(packet.ACK):
+			e.synOut(now, a, c, id, fx)
 		case c.translated && c.hsIRS.Add(1) == s.Ack && s.Seq.Add(1+c.tr.Out) == c.hsEnd:
 			e.handshakeAgain(c, fx)
 		case c.translated && !c.answersSyn(s):
@@ -377,6 +389,10 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 		return
 	}
 	c.tr.Outbound(s, c.id.Local.Port(), &c.edge)
+	if c.spooled && s.Has(packet.ACK) && !c.app.sealed {
+		e.spoolTaken(now, c, s.Ack, s.Ack.Add(uint32(s.Window)<<c.ep.Opt.LocalScale), fx)
+		c.ahead(s)
+	}
 	if c.app.state.Away() {
 		c.refresh(now, s)
 	}
@@ -384,7 +400,7 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 		s.FillChecksum()
 	}
 	c.observeOut(now, s, true)
-	if c.redoAt != 0 && s.Has(packet.ACK) {
+	if c.redoAt != 0 && !c.spooled && s.Has(packet.ACK) {
 		e.taken(now, c, s.Ack)
 	}
 	if c.reopens(s) {
@@ -401,15 +417,8 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 
 // unknownOut notes a connection that local opens, or passes what is not known.
 func (e *Engine) unknownOut(now Time, a *app, id ConnID, fx *Effects) {
-	s := &e.seg
 	fx.accept(Pass)
-	if s.Flags&(packet.SYN|packet.ACK) == packet.SYN && !a.listens(id.Local.Port()) {
-		if c := e.newConn(now, a, id, appstate.Active, appstate.SynSent, fx); c != nil {
-			c.iss = s.Seq
-			c.refused = "the application opened it; such connections cannot be held yet"
-			c.expire = (now+200e9)/1e9*1e9 + 1e9
-			e.at(c.expire)
-		}
-		fx.accept(HandshakePass)
+	if e.seg.Flags&(packet.SYN|packet.ACK) == packet.SYN {
+		e.synOut(now, a, nil, id, fx)
 	}
 }

@@ -61,6 +61,11 @@ const (
 	HandshakeAck
 	HandshakeRefused
 	NotOpenYet
+	SynCaught
+	HeldHeartbeat
+	HeldHeartbeatLate
+	HeldSpooled
+	PortTaken
 	numReasons
 )
 
@@ -75,7 +80,7 @@ var reasonNames = [...]string{
 	"held-old-timestamp", "held-no-ack", "held-data", "held-data-dropped", "held-fin", "held-fin-acked", "held-rst",
 	"held-rst-ignored", "held-syn-kept", "held-syn-limited", "held-syn-refused", "held-unknown", "held-icmp",
 	"sealed-fin", "sealed-rst", "sealed-ack", "sealed-data", "sealed-unknown", "handshake-ack",
-	"handshake-refused", "not-open-yet",
+	"handshake-refused", "not-open-yet", "syn-caught", "held-heartbeat", "held-heartbeat-late", "held-spooled", "port-taken",
 }
 
 func (r Reason) String() string { return reasonNames[r] }

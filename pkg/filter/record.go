@@ -32,6 +32,9 @@ type AppRecord struct {
 	BytesIn          uint64         `cbor:"15,keyasint,omitempty"` // of connections that ended
 	BytesOut         uint64         `cbor:"16,keyasint,omitempty"`
 	AbortOnData      bool           `cbor:"17,keyasint,omitempty"`
+	Spool            int            `cbor:"18,keyasint,omitempty"`
+	WakeFull         bool           `cbor:"19,keyasint,omitempty"`
+	Heartbeats       []Heartbeat    `cbor:"20,keyasint,omitempty"`
 }
 
 // ConnRecord is what of a connection must outlive the filter while its
@@ -87,21 +90,35 @@ type ConnRecord struct {
 
 	CloseWait bool `cbor:"42,keyasint,omitempty"`
 	Shut      bool `cbor:"43,keyasint,omitempty"` // its window was closed when it was re-established
+
+	Spooled bool         `cbor:"44,keyasint,omitempty"`
+	KeptAt  seqnum.Value `cbor:"45,keyasint,omitempty"`
+	KeptFin bool         `cbor:"46,keyasint,omitempty"`
+	Closed  bool         `cbor:"47,keyasint,omitempty"` // the window, by a full spool
+	Own     []byte       `cbor:"48,keyasint,omitempty"`
+	OwnEnd  seqnum.Value `cbor:"49,keyasint,omitempty"`
+	Chunks  []Chunk      `cbor:"-"` // of the spool, in entries of their own
 }
 
 // Record is one thing to be kept: an application, a connection, or, where both
 // are nil, the end of one: of connection ID, or of application Name when that
 // is not "". Records are applied in their order. The end of a connection may
 // be kept later than what else a step wants done.
+//
+// Chunk is a piece of connection ID's spool, Unspool the end of all of them.
 type Record struct {
-	App  *AppRecord
-	Conn *ConnRecord
-	ID   ConnID
-	Name string
+	App     *AppRecord
+	Conn    *ConnRecord
+	Chunk   *Chunk
+	Unspool bool
+	ID      ConnID
+	Name    string
 }
 
 // Lasting tells whether the record must be kept before anything else is done.
-func (r *Record) Lasting() bool { return r.App != nil || r.Conn != nil || r.Name != "" }
+func (r *Record) Lasting() bool {
+	return r.App != nil || r.Conn != nil || r.Chunk != nil || r.Name != ""
+}
 
 // mark has the structure written at the end of the step, where it is one that
 // must outlive the filter.
@@ -130,7 +147,7 @@ func (a *app) markAll() {
 
 // lasting tells whether c is of those that must outlive the filter: others can
 // be learned again.
-func (c *conn) lasting() bool { return c.translated || c.app.state.Away() }
+func (c *conn) lasting() bool { return c.translated || c.app.state.Away() && !c.fresh }
 
 // gather writes what was marked in this step.
 func (e *Engine) gather(fx *Effects) {
@@ -171,6 +188,7 @@ func (a *app) record() *AppRecord {
 		Name: a.name, VIPs: a.vips, Include: a.include, Exclude: a.exclude, Outgoing: a.outgoing,
 		IncludeAddresses: a.includeNets, ExcludeAddrs: a.excludeNets, State: state, SnapshotID: id,
 		Listen: a.listen, Quiet: a.quiet, Sealed: a.sealed, PassCloses: a.passCloses, Wake: a.wake, AbortOnData: a.abortOnData,
+		Spool: a.spool, WakeFull: a.wakeFull, Heartbeats: a.heartbeats,
 		BytesIn: a.bytesIn, BytesOut: a.bytesOut,
 	}
 }
@@ -188,6 +206,7 @@ func (c *conn) record() *ConnRecord {
 		BytesIn: c.bytesIn, BytesOut: c.bytesOut, Discarded: c.discarded,
 		FinIn: c.finIn, FinOut: c.finOut, RemoteFirst: c.remoteFirst, FinOwed: c.finOwed, Hole: c.hole, FinInEnd: c.finInEnd, FinOutEnd: c.finOutEnd,
 		HsIRS: c.hsIRS, Translated: c.translated, Tr: c.tr, CloseWait: c.closeWait, Shut: c.shut,
+		Spooled: c.spooled, KeptAt: c.keptAt, KeptFin: c.spooled && c.keptFin, Closed: c.spooled && ep.Closed, Own: c.own, OwnEnd: c.ownEnd,
 	}
 }
 
@@ -226,7 +245,7 @@ func (e *Engine) loadApp(r *AppRecord) {
 	a := &app{engine: e, name: r.Name, vips: r.VIPs, include: r.Include, exclude: r.Exclude, outgoing: r.Outgoing,
 		includeNets: r.IncludeAddresses, excludeNets: r.ExcludeAddrs, snapID: r.SnapshotID, listen: r.Listen,
 		quiet: cmp.Or(r.Quiet, 50e6), sealed: r.Sealed, passCloses: r.PassCloses, abortOnData: r.AbortOnData, wake: r.Wake, wakeWhy: HeldData,
-		bytesIn: r.BytesIn, bytesOut: r.BytesOut}
+		bytesIn: r.BytesIn, bytesOut: r.BytesOut, spool: r.Spool, wakeFull: r.WakeFull, heartbeats: r.Heartbeats}
 	e.enter(a)
 	a.state = r.State
 	a.before = r.State
@@ -255,6 +274,8 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	c.finOwed, c.hole = r.FinOwed, r.Hole
 	c.hsIRS, c.tr, c.translated, c.closeWait, c.shut = r.HsIRS, r.Tr, r.Translated, r.CloseWait, r.Shut
 	c.saved, c.reloaded = true, true
+	e.setPort(c, r.Tr.Port)
+	e.loadSpool(now, c, r)
 	if c.translated {
 		a.translated++
 		e.flows[flowKey{c.id.Remote, c.id.Local.Addr()}]++
@@ -267,6 +288,44 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 		c.parked()
 		e.openHeld(c, fx)
 	}
+}
+
+// loadSpool takes up what a connection's remote was told to be taken, and what it was told.
+func (e *Engine) loadSpool(now Time, c *conn, r *ConnRecord) {
+	if c.own, c.ownEnd = r.Own, r.OwnEnd; len(c.own) > 0 {
+		c.ownAt = now + ownFirst
+		e.at(c.ownAt)
+	}
+	c.chunks = len(r.Chunks) > 0
+	if !r.Spooled {
+		return
+	}
+	c.spooled, c.keptAt, c.keptFin, c.ep.Closed = true, r.KeptAt, r.KeptFin, r.Closed
+	c.kept = r.spool()
+	e.kept += cap(c.kept)
+	c.app.kept += cap(c.kept)
+}
+
+// spool joins the chunks from KeptAt on; nil where octets are missing.
+func (r *ConnRecord) spool() []byte {
+	want := int(r.RcvNxt.Size(r.KeptAt))
+	if r.KeptFin {
+		want--
+	}
+	if !r.Spooled || want < 0 || want > 1<<30 {
+		return nil
+	}
+	out := make([]byte, 0, want)
+	for _, c := range r.Chunks { // in the order in which they came
+		next := r.KeptAt.Add(uint32(len(out)))
+		if skip := next.Sub(c.At); skip >= 0 && int(skip) < len(c.Data) {
+			out = append(out, c.Data[skip:]...)
+		}
+	}
+	if len(out) < want {
+		return nil
+	}
+	return out[:want]
 }
 
 // resume goes on where the earlier filter stopped.
@@ -293,10 +352,12 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 	case appstate.RestoreStart:
 		// Nothing was opened yet, and nothing of it is recorded.
 		a.wake = true
+		e.beats(now, a)
 		a.set(appstate.SnapshotDone, fx, "a restore was cut off by the end of the filter; the connections are held")
 		e.requestRestore(now, a, fx)
 		return
 	case appstate.SnapshotDone:
+		e.beats(now, a)
 		e.requestRestore(now, a, fx)
 	case appstate.Restored:
 		for _, c := range a.conns {

@@ -35,6 +35,8 @@ func contradiction(apps []AppRecord, conns []ConnRecord) error {
 			return fmt.Errorf("record of connection %v %v belongs to application %q, which has another VIP", r.ID.Local, r.ID.Remote, r.App)
 		case !a.State.Away() && (r.State == appstate.ConnectRmt || r.State == appstate.Restoring || r.State == appstate.Rst):
 			return fmt.Errorf("record of connection %v %v is of one that is held, and its application runs", r.ID.Local, r.ID.Remote)
+		case r.Spooled && r.spool() == nil:
+			return fmt.Errorf("record of connection %v %v: octets that were acknowledged to its remote are missing", r.ID.Local, r.ID.Remote)
 		case !r.valid() || known[r.ID]:
 			return fmt.Errorf("record of connection %v %v is not valid", r.ID.Local, r.ID.Remote)
 		}

@@ -55,6 +55,12 @@ type (
 		// Octets that come for a frozen connection give the snapshot up: SEAL is
 		// refused then.
 		AbortOnData bool
+		// While the application is away: octets of each connection that are
+		// acknowledged and kept, whether the first of them wakes the application or
+		// the last that has room, and the heartbeats that are spoken.
+		Spool      int
+		WakeFull   bool
+		Heartbeats []Heartbeat
 	}
 	// Seal stops everything from local to the remotes.
 	Seal struct{ App string }

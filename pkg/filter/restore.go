@@ -14,7 +14,7 @@ import (
 // sends; where the remote has closed already, one more, for the FIN that local
 // is to see again.
 func (e *Engine) startHandshake(c *conn, fx *Effects) {
-	c.hsIRS = c.ep.RcvNxt.Add(^uint32(0))
+	c.hsIRS = c.base().Add(^uint32(0))
 	if c.finIn {
 		c.hsIRS = c.hsIRS.Add(^uint32(0))
 	}
@@ -45,6 +45,8 @@ func (e *Engine) handshakeOver(c *conn, fx *Effects) {
 func (e *Engine) handshakeOut(c *conn, hook uint8, fx *Effects) {
 	s := &e.seg
 	switch {
+	case c.role == appstate.Active:
+		e.caughtOut(c, fx)
 	case s.Flags&(packet.SYN|packet.ACK) == packet.SYN|packet.ACK:
 		if hook != HookPostrouting {
 			c.forwarded = hook == HookPrerouting
@@ -98,14 +100,8 @@ func (e *Engine) handshakeAck(c *conn, fx *Effects) {
 		fx.drop(HandshakeRefused)
 		return
 	}
-	o := &c.ep.Opt
-	switch {
-	case o.TS && !s.Opt.HasTS:
-		c.hsError = "the new stack does not use timestamps, the connection does"
-	case o.SACK && !s.Opt.SACKPermitted:
-		c.hsError = "the new stack does not use SACK, the connection does"
-	case o.WScale && !s.Opt.HasWScale:
-		c.hsError = "the new stack does not scale windows, the connection does"
+	if lack := c.lacks(s); lack != "" {
+		c.hsError = lack
 	}
 	if c.hsError != "" {
 		fx.Reason = HandshakeRefused
@@ -201,7 +197,13 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 		c.remoteFirst = true
 		c.set(appstate.Closing)
 	}
-	if c.finIn || len(c.kept) > 0 || c.keptFin {
+	switch {
+	case c.spooled:
+		c.shut = c.ep.Closed
+		e.deliver(now, c, c.keptAt, c.keptAt.Add(uint32(c.hsWindow)), fx)
+		c.retries, c.redoAt = 0, now+30e6
+		e.at(c.redoAt)
+	case c.finIn || len(c.kept) > 0 || c.keptFin:
 		if c.kept == nil {
 			c.keptAt = c.ep.RcvNxt
 		}
@@ -212,6 +214,9 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 	}
 	if c.shut {
 		c.ep.Closed, c.reloaded = false, false
+		if c.spooled {
+			return // local's acknowledgements tell how much room there is behind the spool
+		}
 		// Where octets are kept local's acknowledgement of them follows.
 		sp := c.ep.Ack()
 		sp.Window = max(c.tr.Window(c.firstWindow(), c.ep.RcvNxt, &c.edge), 1)
@@ -226,6 +231,9 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 func (e *Engine) openAgain(now Time, c *conn, fx *Effects) {
 	switch {
 	case !c.translated:
+	case c.spooled:
+		c.handshakeEnd()
+		e.spoolAgain(now, c, fx)
 	case c.finIn && !c.closeWait && c.finInEnd == c.ep.RcvNxt:
 		c.keptAt = c.ep.RcvNxt
 		c.handshakeEnd()
@@ -324,6 +332,10 @@ func (e *Engine) handSegment(c *conn, seq seqnum.Value, p []byte, fin bool, fx *
 // before it sends again.
 func (e *Engine) redeliver(now Time, c *conn, fx *Effects) {
 	c.redoAt = 0
+	if c.spooled {
+		e.spoolAgain(now, c, fx)
+		return
+	}
 	if c.app.state != appstate.Restored || c.kept == nil && !c.keptFin && !c.finIn {
 		return
 	}

@@ -10,6 +10,18 @@ import (
 // frozen.
 func (e *Engine) awayOut(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
 	s := &e.seg
+	if c != nil && c.fresh {
+		fx.accept(Pass)
+		c.observeOut(now, s, false)
+		if s.Flags&(packet.SYN|packet.ACK) == packet.SYN {
+			e.synOut(now, a, c, id, fx)
+		}
+		return
+	}
+	if a.state == appstate.RestoreStart && s.Flags&(packet.SYN|packet.ACK) == packet.SYN && (c == nil || c.role == appstate.Active && !c.hsStarted) {
+		e.openedAway(now, a, id, fx)
+		return
+	}
 	if c == nil {
 		if a.sealed {
 			fx.drop(SealedUnknown)
@@ -86,7 +98,7 @@ func (e *Engine) frozenOut(now Time, c *conn, p *Packet, fx *Effects) {
 		fx.send(&sp, false)
 		fx.drop(FrozenPass)
 	}
-	if c.last == localSpoke && !c.frozen {
+	if c.last == localSpoke && !c.frozen && c.role == appstate.Passive {
 		c.freeze()
 	}
 }

@@ -23,7 +23,7 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 		c.prepare(now)
 	}
 	for i := range b.Sockets { // those that are there, before room is made, before others come
-		if c := e.conns[b.Sockets[i].ID]; c != nil && c.app == a {
+		if c := e.bySocket(b.Sockets[i].ID); c != nil && c.app == a {
 			c.listed = b.Sockets[i].Established || b.Sockets[i].LocalClosed
 		}
 	}
@@ -51,6 +51,7 @@ func (e *Engine) snapshotFreeze(now Time, b *SnapshotFreeze, a *app, fx *Effects
 	a.setVIP(fx, false, SetFull)
 	a.quiet = cmp.Or(b.Quiet, 50e6)
 	a.froze, a.passCloses, a.abortOnData = now, b.PassCloses, b.AbortOnData
+	a.spool, a.wakeFull, a.heartbeats = max(b.Spool, 0), b.WakeFull, slices.Clone(b.Heartbeats)
 	if b.Boundary == boundaryNow {
 		a.freezeAll()
 	}
@@ -102,9 +103,12 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 		}
 		c.parked()
 		e.trimKept(c)
+		e.keptBeat(now, c, fx)
+		e.spoolKept(c, fx)
 		e.openHeld(c, fx)
 	}
-	a.wake = a.wake && a.kept+len(a.syns) > 0 || a.anyFin()
+	e.beats(now, a)
+	a.wake = a.wake && a.keptWakes() || a.anyFin()
 	if a.wake {
 		a.wakeTries = 0
 		e.requestRestore(now, a, fx)
@@ -118,7 +122,7 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 // and one that local had closed itself, for one segment.
 func (e *Engine) openHeld(c *conn, fx *Effects) {
 	ep := &c.ep
-	tell := ep.Closed && len(c.kept) == 0
+	tell := ep.Closed && len(c.kept) == 0 && !c.spooled
 	if tell {
 		ep.Closed = false
 	}
@@ -132,6 +136,14 @@ func (e *Engine) openHeld(c *conn, fx *Effects) {
 		sp := ep.Ack()
 		fx.send(&sp, false)
 	}
+}
+
+// keptWakes tells whether what was kept is to wake the application.
+func (a *app) keptWakes() bool {
+	if a.kept == 0 || a.spool == 0 || !a.wakeFull {
+		return a.kept+len(a.syns) > 0
+	}
+	return len(a.syns) > 0 || slices.ContainsFunc(a.conns, func(c *conn) bool { return len(c.kept) > 0 && (!c.spooled || c.ep.Closed) })
 }
 
 // anyFin tells whether a remote's close was kept for local.
@@ -226,7 +238,7 @@ func (e *Engine) handBack(now Time, c *conn, fx *Effects) {
 
 // trimKept drops what of the kept octets local has taken by other ways.
 func (e *Engine) trimKept(c *conn) {
-	if c.kept == nil && !c.keptFin || !c.keptAt.Less(c.ep.RcvNxt) || c.finOwed {
+	if c.kept == nil && !c.keptFin || !c.keptAt.Less(c.ep.RcvNxt) || c.finOwed || c.spooled {
 		return
 	}
 	if c.keptEnd().LessEq(c.ep.RcvNxt) {
@@ -289,18 +301,21 @@ func (e *Engine) restoreStart(now Time, b *RestoreStart, a *app, fx *Effects) (a
 	a.probedAt = now
 	for _, c := range a.conns {
 		c.hsDone, c.hsStarted, c.hsError, c.hsRsts = false, false, "", 0
-		fx.Untrack = append(fx.Untrack, c.id)
+		c.activate = false
+		fx.Untrack = append(fx.Untrack, c.socketID())
 		if c.state == appstate.ConnectRmt || c.state == appstate.Connect && c.handshake {
 			sp := c.ep.Probe() // also where it is not known whether the remote has an open connection
 			fx.send(&sp, false)
 		}
 	}
+	a.expect()
 	return a.result(), nil
 }
 
 func (e *Engine) restoreConn(b *RestoreConn, a *app, fx *Effects) (any, error) {
-	if b.Kind != "syn" {
-		return nil, fmt.Errorf("%w: kind %q of RESTORECONN is not built yet; use \"syn\"", ErrInvalid, b.Kind)
+	activate := b.Kind == "activate"
+	if b.Kind != "syn" && !activate {
+		return nil, fmt.Errorf("%w: kind %q of RESTORECONN; it is \"syn\" or \"activate\"", ErrInvalid, b.Kind)
 	}
 	res := a.result()
 	for _, id := range b.Conns {
@@ -308,8 +323,12 @@ func (e *Engine) restoreConn(b *RestoreConn, a *app, fx *Effects) (any, error) {
 		switch {
 		case c == nil || c.app != a:
 			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: no such connection", id.Local, id.Remote))
-		case c.role != appstate.Passive:
-			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: it was opened by the application", id.Local, id.Remote))
+		case activate && c.role == appstate.Active:
+			c.activate = true
+		case activate:
+			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: it was accepted by the application, it comes back by \"syn\"", id.Local, id.Remote))
+		case c.role == appstate.Active:
+			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: it was opened by the application, which opens it again", id.Local, id.Remote))
 		case c.restorable():
 			e.startHandshake(c, fx)
 		case c.hsDone:
@@ -342,11 +361,13 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 	for i := len(a.conns) - 1; i >= 0; i-- {
 		c := a.conns[i]
 		switch {
+		case c.fresh:
+			c.fresh = false // one that runs
 		case c.turned:
 			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: reset, the application accepted it and reset it %d times", c.id.Local, c.id.Remote, c.hsRsts))
 			e.dismiss(c, fx)
-		case c.hsDone && c.hole && c.ep.SndUna != c.ep.SndNxt:
-			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: reset, %d octets of the stopped application never reached the remote", c.id.Local, c.id.Remote, c.ep.SndNxt.Size(c.ep.SndUna)))
+		case c.hsDone && c.hole && c.lost() > 0:
+			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: reset, %d octets of the stopped application never reached the remote", c.id.Local, c.id.Remote, c.lost()))
 			sp := e.toLocal(c, packet.RST|packet.ACK)
 			fx.send(&sp, true)
 			e.dismiss(c, fx)
@@ -362,7 +383,7 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 		}
 	}
 	a.setVIP(fx, false, SetAway)
-	a.sealed, a.wake, a.wakeAt = false, false, 0
+	a.sealed, a.wake, a.wakeAt, a.expected = false, false, 0, nil
 	a.set(appstate.Restored, fx, fmt.Sprintf("%d connections re-established", len(a.conns)))
 	a.settle(fx)
 	e.handSyns(now, a, fx)
@@ -371,7 +392,13 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 }
 
 func (e *Engine) restoreAbort(now Time, a *app, fx *Effects) (any, error) {
-	for _, c := range a.conns {
+	a.expected = nil
+	for i := len(a.conns) - 1; i >= 0; i-- {
+		c := a.conns[i]
+		if c.fresh { // its process is gone
+			e.remove(c, fx)
+			continue
+		}
 		e.undoHandshake(c)
 		if c.turned { // the next process may want it
 			c.turned = false

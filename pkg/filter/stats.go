@@ -185,7 +185,7 @@ func (e *Engine) tallySends(sends []Send) {
 		from, to, _ := packet.Ports(sends[i].Data)
 		if c := e.conns[ConnID{Local: from, Remote: to}]; c != nil {
 			c.stats.sent(true)
-		} else if c := e.conns[ConnID{Local: to, Remote: from}]; c != nil {
+		} else if c := e.bySocket(ConnID{Local: to, Remote: from}); c != nil {
 			c.stats.sent(false)
 		}
 	}

@@ -242,6 +242,23 @@ func (e *Endpoint) Syn(irs seqnum.Value) packet.Spec {
 	}
 }
 
+// SynAck describes the answer, in the remote's name, to the SYN with which local
+// opens an active connection again from its own address local: the remote's
+// original options and numbers, as in Syn.
+func (e *Endpoint) SynAck(local netip.AddrPort, irs seqnum.Value, syn *packet.Segment) packet.Spec {
+	sp := e.Syn(irs)
+	sp.Dst = local
+	sp.Flags = packet.SYN | packet.ACK
+	if e.Opt.ECN {
+		sp.Flags |= packet.ECE
+	}
+	sp.Ack = syn.Seq.Add(1)
+	if sp.HasTS {
+		sp.TSEcr = syn.Opt.TSVal
+	}
+	return sp
+}
+
 // RemoteField is the window field of the remote for the emulated handshake;
 // where the remote was never heard, a small one that its next segment mends.
 func (e *Endpoint) RemoteField() uint16 {

@@ -23,6 +23,7 @@ import (
 //	                                         octets of its SYN; it speaks to port 6379 of 10.0.0.100,
 //	                                         or of fd00::100 by its family
 //	open NAME                                its handshake with the running local stack
+//	dial NAME                                the same, opened by local
 //	remote NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L..R] [data TEXT]
 //	local  NAME FLAGS [seq ±N] [ack ±N] [win N] [ts ±N] [ecr N] [urg N] [sack L..R] [data TEXT]
 //	                                         ecr: its TSecr, as it is in the segment; urg: urgent
@@ -30,8 +31,9 @@ import (
 //	lost remote|local ...                    the same, lost between the filter and the other end
 //	icmp NAME MTU                            a router on the way to the remote says that local's
 //	                                         last segment was too big
-//	newlocal NAME ISS TS [lscale N | without ts|sack|scale]
-//	                                         the next local socket of the connection
+//	newlocal NAME ISS TS [lscale N | without ts|sack|scale | port N]
+//	                                         the next local socket of the connection; port: its
+//	                                         own, where the application opens it
 //	behind                                   the application is in a network namespace behind the node
 //	raw HEX                                  octets from the network, or from behind the node
 //	silent on|off                            whether the local stack answers by itself
@@ -41,7 +43,10 @@ import (
 //	request WORDS...                         as in ckptctl ioctl, GETCONNINFO too; besides
 //	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
 //	                                         ADOPT stale NAME,
-//	                                         SNAPSHOTFREEZE pass-closes, abort-on-data or a boundary
+//	                                         SNAPSHOTFREEZE pass-closes, abort-on-data or a boundary,
+//	                                         RESTORECONN NAME... [activate]; SNAPSHOTFREEZE
+//	                                         takes spool=N, wake=full, heartbeat=MATCH>REPLY,
+//	                                         beat=SEND@INTERVAL, beat-closed=SEND@INTERVAL
 //
 // Flags are joined by +, e.g. ACK or FIN+ACK. Numbers are relative: seq to the
 // next octet of that end, ack to what it has received. A segment in order moves
@@ -93,6 +98,13 @@ func (w *World) line(line string) error {
 			return fmt.Errorf("no link %q", arg(1))
 		}
 		w.open(l)
+		return nil
+	case "dial":
+		l := w.links[arg(1)]
+		if l == nil {
+			return fmt.Errorf("no link %q", arg(1))
+		}
+		w.dial(l)
 		return nil
 	case "remote", "local":
 		return w.segmentLine(f[0] == "remote", line)
@@ -216,8 +228,25 @@ func (w *World) linkLine(f []string) error {
 	l.remote.nxt, l.local.nxt = l.remote.iss, l.local.iss
 	w.links[l.name] = l
 	w.order = append(w.order, l)
+	l.own = l.laddr
 	w.byID[filter.ConnID{Local: l.laddr, Remote: l.raddr}] = l
+	w.byOwn[filter.ConnID{Local: l.own, Remote: l.raddr}] = l
 	return nil
+}
+
+// dial plays a handshake of three segments that local begins.
+func (w *World) dial(l *link) {
+	l.active = true
+	l.own = l.laddr
+	w.byOwn[filter.ConnID{Local: l.own, Remote: l.raddr}] = l
+	w.deliverLocal(l, w.segment(l, false, packet.SYN, 0, 0, nil, nil))
+	l.local.nxt = l.local.nxt.Add(1)
+	l.remote.rcv, l.remote.base, l.remote.seen = l.local.nxt, l.local.iss, l.local.ts
+	w.deliver(filter.HookPrerouting, w.segment(l, true, packet.SYN|packet.ACK, 0, 0, nil, nil))
+	l.remote.nxt = l.remote.nxt.Add(1)
+	l.local.rcv, l.local.seen, l.local.at = l.remote.nxt, l.remote.ts, w.now
+	l.local.seenAt, l.remote.seenAt = w.now, w.now
+	l.remote.told = l.remote.nxt
 }
 
 // rcvBase is the local's first number as the remote saw it.
@@ -263,6 +292,14 @@ func (w *World) newLocal(f []string) error {
 			return err
 		}
 		l.lscale = uint8(v)
+	}
+	if len(f) == 5 && f[3] == "port" {
+		v, err := strconv.ParseUint(f[4], 10, 16)
+		if err != nil {
+			return err
+		}
+		l.own = netip.AddrPortFrom(l.laddr.Addr(), uint16(v))
+		w.byOwn[filter.ConnID{Local: l.own, Remote: l.raddr}] = l
 	}
 	l.local = end{iss: seqnum.Value(iss), nxt: seqnum.Value(iss), ts: uint32(ts), win: 400, at: w.now, got: l.local.got, rcv: l.local.rcv, seen: l.local.seen}
 	return nil
@@ -398,8 +435,14 @@ func (w *World) requestLine(f []string) error {
 		w.request(r)
 	case "SNAPSHOTFREEZE":
 		r := &filter.SnapshotFreeze{App: app, PassCloses: arg(1) == "pass-closes", AbortOnData: arg(1) == "abort-on-data"}
-		if !r.PassCloses && !r.AbortOnData {
-			r.Boundary = arg(1)
+		words := f[1:]
+		if r.PassCloses || r.AbortOnData {
+			words = f[2:]
+		}
+		for _, word := range words {
+			if err := freezeWord(r, word); err != nil {
+				return err
+			}
 		}
 		w.request(r)
 	case "SEAL":
@@ -412,6 +455,9 @@ func (w *World) requestLine(f []string) error {
 		w.request(&filter.RestoreStart{App: app, ID: arg(1)})
 	case "RESTORECONN":
 		r := &filter.RestoreConn{App: app, Kind: "syn"}
+		if f[len(f)-1] == "activate" {
+			r.Kind = "activate"
+		}
 		for _, n := range f[1:] {
 			if l := w.links[n]; l != nil {
 				r.Conns = append(r.Conns, filter.ConnID{Local: l.laddr, Remote: l.raddr})
@@ -436,7 +482,7 @@ func (w *World) sockets(how, name string) []filter.Socket {
 	out := []filter.Socket{}
 	for _, l := range w.order {
 		if how == "closing" && l.name == name {
-			out = append(out, filter.Socket{ID: filter.ConnID{Local: l.laddr, Remote: l.raddr}, LocalClosed: true, Passive: true})
+			out = append(out, filter.Socket{ID: filter.ConnID{Local: l.own, Remote: l.raddr}, LocalClosed: true, Passive: !l.active})
 			continue
 		}
 		if l.local.nxt == l.local.iss || l.local.fin || how == "without" && l.name == name {
@@ -448,8 +494,8 @@ func (w *World) sockets(how, name string) []filter.Socket {
 		}
 		out = append(out, filter.Socket{
 			LastRecv:    idle,
-			ID:          filter.ConnID{Local: l.laddr, Remote: l.raddr},
-			Established: true, CloseWait: l.remote.fin && l.local.rcv == l.remote.nxt, Passive: true, HasInfo: true,
+			ID:          filter.ConnID{Local: l.own, Remote: l.raddr},
+			Established: true, CloseWait: l.remote.fin && l.local.rcv == l.remote.nxt, Passive: !l.active, HasInfo: true,
 			TS: l.ts, SACK: l.sack, WScale: l.scale >= 0, RemoteScale: uint8(max(l.scale, 0)), LocalScale: l.lscale,
 			SndMSS: 1448, BytesReceived: uint64(l.local.rcv.Size(l.remote.iss.Add(1))),
 			BytesAcked: uint64(l.remote.rcv.Size(l.remote.rcvBase().Add(1))),

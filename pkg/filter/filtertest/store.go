@@ -12,12 +12,15 @@ import (
 type Store struct {
 	apps  map[string]filter.AppRecord
 	conns map[filter.ConnID]filter.ConnRecord
+
+	chunks map[filter.ConnID][]filter.Chunk
 }
 
 // Apply keeps records, in their order.
 func (s *Store) Apply(records []filter.Record) {
 	if s.apps == nil {
 		s.apps, s.conns = map[string]filter.AppRecord{}, map[filter.ConnID]filter.ConnRecord{}
+		s.chunks = map[filter.ConnID][]filter.Chunk{}
 	}
 	for _, r := range records {
 		switch {
@@ -25,6 +28,10 @@ func (s *Store) Apply(records []filter.Record) {
 			s.apps[r.App.Name] = *r.App
 		case r.Name != "":
 			delete(s.apps, r.Name)
+		case r.Chunk != nil:
+			s.chunks[r.ID] = append(s.chunks[r.ID], *r.Chunk)
+		case r.Unspool:
+			delete(s.chunks, r.ID)
 		case r.Conn != nil:
 			s.conns[r.ID] = *r.Conn
 		default:
@@ -42,7 +49,9 @@ func (s *Store) Records() (apps []filter.AppRecord, conns []filter.ConnRecord) {
 		return cmp.Or(a.Local.Compare(b.Local), a.Remote.Compare(b.Remote))
 	})
 	for _, id := range ids {
-		conns = append(conns, s.conns[id])
+		c := s.conns[id]
+		c.Chunks = s.chunks[id]
+		conns = append(conns, c)
 	}
 	return apps, conns
 }

@@ -7,11 +7,47 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
 	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 )
+
+// freezeWord reads one of SNAPSHOTFREEZE's words.
+func freezeWord(r *filter.SnapshotFreeze, word string) error {
+	key, value, ok := strings.Cut(word, "=")
+	if !ok {
+		r.Boundary = word
+		return nil
+	}
+	anyRemote := netip.MustParsePrefix("0.0.0.0/0")
+	both := func(h filter.Heartbeat) {
+		h.Remote = anyRemote
+		r.Heartbeats = append(r.Heartbeats, h)
+		h.Remote = netip.MustParsePrefix("::/0")
+		r.Heartbeats = append(r.Heartbeats, h)
+	}
+	switch key {
+	case "spool":
+		n, err := strconv.Atoi(value)
+		r.Spool = n
+		return err
+	case "wake":
+		r.WakeFull = value == "full"
+		return nil
+	case "heartbeat":
+		match, reply, _ := strings.Cut(value, ">")
+		both(filter.Heartbeat{Match: []byte(match), Reply: []byte(reply)})
+		return nil
+	case "beat", "beat-closed":
+		send, every, _ := strings.Cut(value, "@")
+		d, err := time.ParseDuration(every)
+		both(filter.Heartbeat{Send: []byte(send), Interval: int64(d), OnlyClosed: key == "beat-closed"})
+		return err
+	}
+	return fmt.Errorf("unknown word %q", word)
+}
 
 // vips are the addresses of local, by whether they are of IPv6.
 var vips = map[bool]netip.Addr{false: netip.MustParseAddr("10.0.0.100"), true: netip.MustParseAddr("fd00::100")}

@@ -34,6 +34,8 @@ type end struct {
 type link struct {
 	name          string
 	raddr, laddr  netip.AddrPort
+	own           netip.AddrPort // of local's socket, where its port is another
+	active        bool           // local opened it
 	remote, local end
 	ts            bool
 	mss           uint16
@@ -54,6 +56,7 @@ type World struct {
 	links  map[string]*link
 	order  []*link
 	byID   map[filter.ConnID]*link
+	byOwn  map[filter.ConnID]*link // by local's own address
 	out    strings.Builder
 	app    string
 	away   bool  // local's segments come from the hook before routing
@@ -74,7 +77,7 @@ func New() *World { return With(filter.New(filter.Config{Seed: 1})) }
 func With(e *filter.Engine) *World {
 	return &World{
 		Engine: e, before: filter.HookOutput,
-		links: map[string]*link{}, flows: map[netip.AddrPort]bool{}, byID: map[filter.ConnID]*link{}, now: 1e9,
+		links: map[string]*link{}, flows: map[netip.AddrPort]bool{}, byID: map[filter.ConnID]*link{}, byOwn: map[filter.ConnID]*link{}, now: 1e9,
 	}
 }
 
@@ -241,7 +244,7 @@ func (w *World) sent(b []byte) func() {
 		w.fail(fmt.Sprintf("a sent segment is broken: %v", f))
 		return nil
 	}
-	if l := w.byID[filter.ConnID{Local: s.Dst, Remote: s.Src}]; l != nil {
+	if l := w.byOwn[filter.ConnID{Local: s.Dst, Remote: s.Src}]; l != nil {
 		if ask := s.PayloadLen() == 1 && l.local.rcv.Size(s.Seq) > 1<<29; ask {
 			w.printf("    ask %s\n", l.name)
 			if !w.silent {
@@ -250,7 +253,7 @@ func (w *World) sent(b []byte) func() {
 			return nil
 		}
 		w.printf("    to local  %s\n", w.describe(&s))
-		if s.Has(packet.SYN) {
+		if s.Has(packet.SYN) && !l.active {
 			l.local.heard(w.now, &s)
 			if l.local.rcv = s.Seq.Add(1); l.tfo {
 				l.local.rcv = s.End()
@@ -310,6 +313,9 @@ func (e *end) heard(now filter.Time, s *packet.Segment) {
 func (w *World) localTakes(l *link, s *packet.Segment) {
 	l.local.heard(w.now, s)
 	switch {
+	case l.active && s.Flags&(packet.SYN|packet.ACK) == packet.SYN|packet.ACK && s.Ack == l.local.nxt:
+		l.local.rcv = s.Seq.Add(1)
+		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
 	case s.Has(packet.SYN) && l.local.nxt != l.local.iss: // it has the connection (RFC 5961 section 4.2)
 		w.deliver(w.hook(), w.segment(l, false, packet.ACK, 0, 0, nil, nil))
 	case s.Has(packet.SYN):
@@ -343,7 +349,7 @@ func (w *World) fail(what string) {
 
 // segment builds a segment of one end. dseq and dack shift its numbers.
 func (w *World) segment(l *link, fromRemote bool, flags uint8, dseq, dack int64, data []byte, win *uint16) []byte {
-	e, src, dst := &l.local, l.laddr, l.raddr
+	e, src, dst := &l.local, l.own, l.raddr
 	scale := int(l.lscale)
 	if fromRemote {
 		e, src, dst, scale = &l.remote, l.raddr, l.laddr, l.scale
@@ -398,7 +404,7 @@ func (w *World) describe(s *packet.Segment) string {
 	name := fmt.Sprintf("%v>%v", s.Src, s.Dst)
 	if l != nil { // towards the remote: relative to what it saw first
 		name, seq, ack = l.name, l.remote.rcvBase(), l.remote.iss
-	} else if l = w.byID[filter.ConnID{Local: s.Dst, Remote: s.Src}]; l != nil {
+	} else if l = w.byOwn[filter.ConnID{Local: s.Dst, Remote: s.Src}]; l != nil {
 		name, seq, ack = l.name, l.remote.iss, l.local.iss
 	}
 	var b strings.Builder
@@ -407,6 +413,9 @@ func (w *World) describe(s *packet.Segment) string {
 		fmt.Fprintf(&b, " ack %d", s.Ack.Sub(ack))
 	}
 	fmt.Fprintf(&b, " win %d", s.Window)
+	if l != nil && s.Dst == l.own && l.own != l.laddr {
+		fmt.Fprintf(&b, " to port %d", s.Dst.Port())
+	}
 	if s.Opt.HasTS {
 		fmt.Fprintf(&b, " ts %d/%d", s.Opt.TSVal, s.Opt.TSEcr)
 	}

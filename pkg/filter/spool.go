@@ -1,0 +1,243 @@
+package filter
+
+import (
+	"bytes"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
+	"github.com/nfconnfilter/nfconnfilter/pkg/tcpemu"
+)
+
+// Spooling: octets that come while the application is away are acknowledged to
+// the remote, at most a.spool of each connection, and handed to the restored
+// local side in order. They are the filter's to keep: recorded before they are
+// acknowledged, and until local has taken them.
+//
+// c.kept holds them from c.keptAt on, the number at which local stands; of a
+// spooled connection ep.RcvNxt is behind all of them, and behind the FIN.
+
+// Chunk is a piece of a spool: octets of the connection from At on.
+type Chunk struct {
+	At   seqnum.Value
+	Data []byte
+}
+
+// spools tells whether octets of c are acknowledged while its application is away.
+func (c *conn) spools() bool {
+	s := c.app.state
+	return c.app.spool > 0 && (s == appstate.SnapshotDone || s == appstate.RestoreStart) && c.state != appstate.Rst
+}
+
+// base is the number of the next octet that local is to take.
+func (c *conn) base() seqnum.Value {
+	if c.spooled {
+		return c.keptAt
+	}
+	return c.ep.RcvNxt
+}
+
+// spoolNews takes the octets and the FIN of the segment at hand into the spool.
+func (e *Engine) spoolNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effects) {
+	s := &e.seg
+	reason := HeldSpooled
+	if took := e.spool(c, s, fx); !took {
+		reason = HeldDataDropped
+		if v == tcpemu.Finish {
+			reason = HeldFin
+		}
+	}
+	fx.drop(reason)
+	if c.token(now, s) || reason == HeldSpooled {
+		sp := c.ep.Ack()
+		fx.send(&sp, false)
+	}
+	if !a.wakeFull || c.ep.Closed || c.keptFin {
+		e.wakeUp(now, a, reason, fx)
+	}
+}
+
+// spool takes what of s is next in order and has room, and reports whether it
+// was anything.
+func (e *Engine) spool(c *conn, s *packet.Segment, fx *Effects) bool {
+	if c.ep.RcvNxt.Less(s.Seq) || c.keptFin {
+		return false // behind a hole: the remote sends it again
+	}
+	p := s.Payload()
+	p = p[min(int(c.ep.RcvNxt.Size(s.Seq)), len(p)):]
+	room := max(c.app.spool-len(c.kept), 0)
+	whole := len(p) <= room
+	if !whole {
+		p = p[:room]
+	}
+	fin := whole && s.Has(packet.FIN)
+	if len(p) > 0 && !e.spoolOctets(c, p, fx) {
+		return false
+	}
+	if fin {
+		c.keptFin = true
+		c.spooled = true
+		if len(c.kept) == 0 {
+			c.keptAt = c.ep.RcvNxt
+		}
+		c.ep.RcvNxt = c.ep.RcvNxt.Add(1)
+	}
+	if u := s.Seq.Add(uint32(s.Urgent)); s.Has(packet.URG) && (!c.urgent || c.keptUrg.Less(u)) {
+		c.keptUrg, c.urgent = u, true
+	}
+	c.spoolWindow()
+	if len(p) == 0 && !fin {
+		return false
+	}
+	e.mark(c)
+	return true
+}
+
+// spoolOctets appends p to the spool, under the budgets of memory.
+func (e *Engine) spoolOctets(c *conn, p []byte, fx *Effects) bool {
+	if !c.spooled && len(c.kept) == 0 {
+		c.keptAt = c.ep.RcvNxt
+	}
+	if need := len(c.kept) + len(p); need > cap(c.kept) {
+		grown := min(max(need, 2*cap(c.kept)), c.app.spool)
+		more := grown - cap(c.kept)
+		if e.kept+more > e.cfg.KeepTotal || c.app.kept+more > e.cfg.KeepPerApp {
+			c.ep.Closed = true
+			return false
+		}
+		e.kept += more
+		c.app.kept += more
+		k := make([]byte, len(c.kept), grown)
+		copy(k, c.kept)
+		c.kept = k
+	}
+	fx.Records = append(fx.Records, Record{ID: c.id, Chunk: &Chunk{At: c.keptAt.Add(uint32(len(c.kept))), Data: bytes.Clone(p)}})
+	c.kept = append(c.kept, p...)
+	c.spooled, c.chunks = true, true
+	c.ep.RcvNxt = c.ep.RcvNxt.Add(uint32(len(p)))
+	c.bytesIn += uint64(len(p))
+	return true
+}
+
+// spoolWindow announces no more than the spool takes. A window of less than a
+// segment is none (RFC 9293 section 3.8.6.2.2).
+func (c *conn) spoolWindow() {
+	const segment = 1460
+	room := c.app.spool - len(c.kept)
+	if room < min(segment, c.app.spool) || c.keptFin {
+		c.ep.Closed = !c.keptFin // whoever has closed sends no more
+		return
+	}
+	field := min(uint32(room)>>c.ep.Opt.LocalScale, 65535)
+	c.ep.Window = max(uint16(field), 1)
+	c.ep.Closed = false
+	c.ep.Edge = c.ep.Edge.Max(c.ep.RcvNxt.Add(uint32(c.ep.Window) << c.ep.Opt.LocalScale))
+}
+
+// spoolKept acknowledges at SNAPSHOTDONE what was only kept until then.
+func (e *Engine) spoolKept(c *conn, fx *Effects) {
+	if !c.spools() || c.finOwed || c.state != appstate.ConnectRmt || len(c.kept) == 0 && !c.keptFin {
+		return
+	}
+	p, fin := c.kept, c.keptFin
+	if len(p) > c.app.spool {
+		return
+	}
+	c.kept, c.keptFin = p[:0], false
+	if len(p) > 0 && !e.spoolOctets(c, p, fx) {
+		c.kept, c.keptFin = p, fin
+		return
+	}
+	if c.keptFin = fin; fin {
+		c.spooled = true
+		c.ep.RcvNxt = c.ep.RcvNxt.Add(1)
+	}
+	c.spoolWindow()
+	e.mark(c)
+	sp := c.ep.Ack()
+	fx.send(&sp, false)
+}
+
+// deliver hands the spool to local, as far as local's window goes.
+func (e *Engine) deliver(now Time, c *conn, from, edge seqnum.Value, fx *Effects) {
+	most := c.largest()
+	at := int(from.Size(c.keptAt))
+	room := int(max(edge.Sub(from), 0))
+	for at < len(c.kept) && room > 0 {
+		n := min(len(c.kept)-at, most, room)
+		seq := c.keptAt.Add(uint32(at))
+		e.handSegment(c, c.localSeqIn(seq), c.kept[at:at+n], c.keptFin && at+n == len(c.kept), fx)
+		at, room = at+n, room-n
+	}
+	if at == len(c.kept) && c.keptFin && (len(c.kept) == 0 || from == c.keptAt.Add(uint32(at))) {
+		e.handSegment(c, c.localSeqIn(c.keptAt.Add(uint32(at))), nil, true, fx)
+	}
+	c.sentTo = c.keptAt.Add(uint32(at))
+}
+
+// spoolTaken is called with local's acknowledgement ack and right edge, in the remote's
+// numbers: what is acknowledged is forgotten, and what has room is handed over.
+func (e *Engine) spoolTaken(now Time, c *conn, ack, edge seqnum.Value, fx *Effects) {
+	end := c.keptEnd()
+	if end.LessEq(ack) {
+		if c.keptFin {
+			c.finIn, c.finInEnd, c.remoteFirst = true, end, !c.finOut
+			c.closing(now)
+		}
+		e.endSpool(c, fx)
+		return
+	}
+	if n := ack.Sub(c.keptAt); n > 0 {
+		c.kept = c.kept[min(int(n), len(c.kept)):]
+		c.keptAt = ack
+		c.retries = 0
+	}
+	from := c.sentTo
+	if from.Less(c.keptAt) {
+		from = c.keptAt
+	}
+	if from.Less(edge) && from.Less(c.keptAt.Add(uint32(len(c.kept)))) {
+		e.deliver(now, c, from, edge, fx)
+	}
+	c.redoAt = now + 200e6
+	e.at(c.redoAt)
+}
+
+// spoolAgain hands over again what local has not acknowledged in time.
+func (e *Engine) spoolAgain(now Time, c *conn, fx *Effects) {
+	if s := c.app.state; s != appstate.Restored && s != appstate.SnapshotStart && (s != appstate.SnapshotFreeze || c.app.sealed) {
+		return
+	}
+	if c.reloaded && c.learned {
+		c.handshakeEnd()
+	}
+	// One segment always: local may have no window, or its update was lost.
+	e.deliver(now, c, c.keptAt, c.keptAt.Add(uint32(c.largest())), fx)
+	c.retries = min(c.retries+1, 8)
+	c.redoAt = now + 30e6<<c.retries
+	e.at(c.redoAt)
+}
+
+// endSpool forgets the spool, which local has taken.
+func (e *Engine) endSpool(c *conn, fx *Effects) {
+	if c.chunks {
+		fx.Records = append(fx.Records, Record{ID: c.id, Unspool: true})
+	}
+	c.spooled, c.chunks, c.redoAt = false, false, 0
+	e.unkeep(c)
+	e.mark(c)
+}
+
+// ahead makes s, a segment of local to the remote, say what the remote knows
+// already where local has not taken the spool yet: its acknowledgement does not go
+// back, and its window counts from there.
+func (c *conn) ahead(s *packet.Segment) {
+	told := c.ep.RcvNxt
+	if !c.spooled || !s.Has(packet.ACK) || !s.Ack.Less(told) {
+		return
+	}
+	edge := s.Ack.Add(uint32(s.Window) << c.ep.Opt.LocalScale)
+	room := uint32(max(edge.Sub(told), 0))
+	s.SetAck(told)
+	s.SetWindow(uint16(min(room>>c.ep.Opt.LocalScale, 65535)))
+}
