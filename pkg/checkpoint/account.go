@@ -20,23 +20,27 @@ import (
 // its counts.
 func account(s *scope, socks []sockdiag.Socket, conns []*pb.ConnInfo, leftOut map[string]bool) []string {
 	missing := map[string][]string{}
-	known := make(map[string]bool, len(conns))
+	known := make(map[string]string, len(conns)) // by socket: as the remote sees it
 	for _, c := range conns {
 		name := pairName(c.Local, c.Remote)
-		known[name] = true
+		known[socketName(c)] = name
 		if c.Missing != "" && !leftOut[name] {
 			missing[name] = append(missing[name], c.Missing)
 		}
 	}
 	for _, k := range socks {
 		name := pairName(k.Local.String(), k.Remote.String())
-		if leftOut[name] || s.sameHost(k) || !known[name] && !s.wants(k) {
+		seen, there := known[name]
+		if there {
+			name = seen
+		}
+		if leftOut[name] || s.sameHost(k) || !there && !s.wants(k) {
 			continue
 		}
 		if m := queues(k); len(m) > 0 {
 			missing[name] = append(m, missing[name]...)
 		}
-		if !known[name] && (k.State == sockdiag.Established || k.State == sockdiag.CloseWait) {
+		if !there && (k.State == sockdiag.Established || k.State == sockdiag.CloseWait) {
 			missing[name] = append(missing[name], "the filter does not know it")
 		}
 	}

@@ -124,7 +124,7 @@ func (s *scope) pick(all []sockdiag.Socket, why purpose, known func() (*pb.ConnI
 			}
 			follows = make(map[string]bool, len(info.Conns))
 			for _, c := range info.Conns {
-				follows[pairName(c.Local, c.Remote)] = true
+				follows[socketName(c)] = true
 			}
 		}
 		if follows[pairName(k.Local.String(), k.Remote.String())] {

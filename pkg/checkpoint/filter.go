@@ -157,3 +157,12 @@ func milliseconds(d time.Duration) uint32 { return uint32(min(max(d.Milliseconds
 
 // pairName names a connection as messages do.
 func pairName(local, remote string) string { return local + " " + remote }
+
+// socketName names the socket of a connection: its local port can be another
+// than the one that the remote sees.
+func socketName(c *pb.ConnInfo) string {
+	if c.Socket != "" {
+		return pairName(c.Socket, c.Remote)
+	}
+	return pairName(c.Local, c.Remote)
+}

@@ -65,7 +65,7 @@ func (p *pacer) observe(conns []*pb.ConnInfo, socks []sockdiag.Socket) {
 		if e == nil {
 			continue
 		}
-		socket, ok := states[name]
+		socket, ok := states[socketName(c)]
 		e.state, e.socket = c.State, "no socket"
 		if ok {
 			e.socket = socket.String()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -26,7 +27,9 @@ type restoreRun struct {
 	socks sockets
 	proc  process
 
-	opening bool // RESTORED was sent
+	opening bool      // RESTORED was sent
+	lone    time.Time // since when the application is only waited for to open connections again
+	givenUp []string  // connections that it did not open
 }
 
 // restore brings an application back, and its connections with it.
@@ -94,6 +97,7 @@ func (r *restoreRun) run() error {
 			return err
 		}
 		err := r.open()
+		r.givenUp = nil
 		// A connection that was reset just then is brought back once more, or
 		// the filter gives it up.
 		if try == openTries || !r.refusedToOpen(err) {
@@ -179,7 +183,7 @@ func (r *restoreRun) clear() error {
 	}
 	held := make(map[string]bool, len(info.Conns))
 	for _, c := range info.Conns {
-		held[pairName(c.Local, c.Remote)] = true
+		held[socketName(c)] = true
 	}
 	f := r.a.config().Cluster.Filter
 	include, exclude := ports(r.app.IncludePorts, f.IncludePorts), ports(r.app.ExcludePorts, f.ExcludePorts)
@@ -270,13 +274,35 @@ func (r *restoreRun) pace(p *pacer) (bool, error) {
 	}
 	p.observe(info.Conns, socks)
 	r.op.note("%d of %d connections re-established", p.done, p.done+len(p.left))
-	if len(p.left) == 0 {
+	if len(p.left) == 0 || r.lonely(p) {
 		return true, nil
 	}
 	if !r.proc.alive() {
 		return false, fmt.Errorf("%s ended while connections came back; its output is in %s", r.proc.describe(), r.a.launch.logPath(r.app))
 	}
 	return false, r.startSome(p, everyOne)
+}
+
+// activeWait is how long the restored application has to open the connections
+// again that it had opened, once all others are back. An application that opens
+// them when it needs them gets new ones then.
+const activeWait = 2 * time.Second
+
+// lonely tells whether the application was given time enough for what only it
+// can bring back.
+func (r *restoreRun) lonely(p *pacer) bool {
+	if slices.ContainsFunc(slices.Collect(maps.Values(p.left)), func(e *comeback) bool { return !e.active }) {
+		r.lone = time.Time{}
+		return false
+	}
+	if r.lone.IsZero() {
+		r.lone = p.now()
+	}
+	if p.now().Sub(r.lone) < activeWait {
+		return false
+	}
+	r.givenUp = p.unfinished()
+	return true
 }
 
 // startSome starts the handshakes that have room, with underWay that were
@@ -303,7 +329,12 @@ func (r *restoreRun) open() error {
 	ctx, cancel := r.op.cleanup()
 	defer cancel()
 	r.opening = true
-	_, err := r.a.filter.Restored(ctx, connect.NewRequest(&pb.RestoredRequest{App: r.app.Name}))
+	_, err := r.a.filter.Restored(ctx, connect.NewRequest(&pb.RestoredRequest{App: r.app.Name, ResetMissing: len(r.givenUp) > 0}))
+	if err == nil {
+		for _, n := range r.givenUp {
+			r.a.log.Warn("a connection was given up", "app", r.app.Name, "connection", n)
+		}
+	}
 	return filterError(err, r.app.Name, control.RequestRestored)
 }
 

@@ -256,10 +256,15 @@ func (r *snapshotRun) dsack(socks []sockdiag.Socket) error {
 
 func (r *snapshotRun) freeze() error {
 	r.op.enter("freeze")
-	c := r.app.Checkpoint
-	_, err := r.a.filter.SnapshotFreeze(r.op.ctx, connect.NewRequest(&pb.SnapshotFreezeRequest{
+	c, h := r.app.Checkpoint, r.app.Hold
+	req := &pb.SnapshotFreezeRequest{
 		App: r.app.Name, Boundary: c.Boundary, QuietMs: c.Quiet.Std().Milliseconds(), PassCloses: true,
-		AbortOnData: r.abortOnData()}))
+		AbortOnData: r.abortOnData(), Spool: uint32(min(h.Spool, 1<<30)), WakeFull: h.Wake == config.WakeFull}
+	for _, b := range r.app.Heartbeats {
+		req.Heartbeats = append(req.Heartbeats, &pb.Heartbeat{Remote: b.Remote.String(), Match: b.Match, Reply: b.Reply, Send: b.Send,
+			IntervalMs: b.Interval.Std().Milliseconds(), OnlyClosed: b.OnlyClosed})
+	}
+	_, err := r.a.filter.SnapshotFreeze(r.op.ctx, connect.NewRequest(req))
 	return filterError(err, r.app.Name, control.RequestSnapshotFreeze)
 }
 
