@@ -26,7 +26,7 @@ build:
 	@mkdir -p bin
 	$(GOBUILD) -o bin/ ./cmd/nfconnfilter ./cmd/ckptctl
 
-bin/demo bin/bytecount bin/bench: build FORCE
+bin/demo bin/bytecount bin/pool bin/bench: build FORCE
 	@$(GOBUILD) -o $@ ./test/$(@F)
 FORCE:
 
@@ -46,7 +46,7 @@ test-unit: vet
 test-race: deps-test
 	CGO_ENABLED=1 go test $(TESTFLAGS) -race -count=1 -timeout 10m $(EXEC) $(UNIT) ./test/clients/ ./test/harness/
 
-test-root: deps-test bin/bytecount bin/demo
+test-root: deps-test bin/bytecount bin/demo bin/pool
 	NFCF_BIN=$(CURDIR)/bin go test -count=1 -timeout 18m -v $(EXEC) ./test/
 
 test: deps-test build vet

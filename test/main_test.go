@@ -33,7 +33,7 @@ var (
 	// vip is the application's address in the test that runs; tests run one
 	// after another.
 	vip     = vip4
-	toolDir string // bytecount and demo
+	toolDir string // bytecount, demo and pool
 	// behindNode has applications run in network namespaces of their own.
 	behindNode bool
 	// adopted has the filter forget applications and connections before the
@@ -67,12 +67,13 @@ func testMain(m *testing.M) int {
 
 // build makes the test server, and the two programs unless the caller has them.
 func build(dir string) error {
-	pkgs := []string{"./bytecount", "./demo"}
+	pkgs := []string{"./bytecount", "./demo", "./pool"}
 	if binDir != "" {
 		// The caller may be root without the go command on its PATH.
 		_, err1 := os.Stat(filepath.Join(binDir, "bytecount"))
 		_, err2 := os.Stat(filepath.Join(binDir, "demo"))
-		if err1 == nil && err2 == nil {
+		_, err3 := os.Stat(filepath.Join(binDir, "pool"))
+		if err1 == nil && err2 == nil && err3 == nil {
 			toolDir = binDir
 			return nil
 		}

@@ -22,6 +22,7 @@ var everywhere = []struct {
 	{"SetsFlushed", TestSetsFlushed},
 	{"FilterCrash", func(t *testing.T) { filterCrash(t, gated(), 500*time.Millisecond) }},
 	{"FilterTerminated", TestFilterTerminated}, {"Reboot", TestReboot}, {"Adopted", TestAdopted},
+	{"OutgoingPool", TestOutgoingPool}, {"Heartbeats", TestHeartbeats}, {"Spool", TestSpool},
 }
 
 // onNode are those of the application's place on the node itself.
