@@ -88,7 +88,7 @@ func matchAny(patterns []string, name string) bool {
 }
 
 var (
-	edges = []string{"internal/nfq", "internal/inject", "internal/rules", "internal/offload", "internal/sockdiag", "internal/vip", "internal/journal"}
+	edges = []string{"internal/nfq", "internal/inject", "internal/rules", "internal/offload", "internal/sockdiag", "internal/vip", "internal/journal", "internal/connhook"}
 	pure  = []string{"pkg/seqnum", "pkg/packet", "pkg/rewrite", "pkg/tcpemu", "pkg/appstate", "pkg/filter"}
 )
 
@@ -107,7 +107,7 @@ var forbidden = []struct {
 	{[]string{"pkg/rewrite", "pkg/tcpemu"}, []string{"pkg/...", "internal/..."}, []string{"pkg/seqnum", "pkg/packet"}, "translation and emulation are joined by the filter alone"},
 	{[]string{"pkg/appstate"}, []string{"pkg/...", "internal/..."}, []string{"pkg/seqnum", "pkg/packet"}, "states do not know how packets are answered"},
 	{[]string{"pkg/filter", "pkg/filter/*"}, []string{"pkg/...", "internal/..."}, append([]string{"pkg/filter"}, pure...), "the engine decides; control and edges are the driver's"},
-	{[]string{"pkg/..."}, []string{"internal/..."}, []string{"internal/sockdiag", "internal/vip"}, "what others may import must not need the edges of the filter"},
+	{[]string{"pkg/..."}, []string{"internal/..."}, []string{"internal/sockdiag", "internal/vip", "internal/connhook"}, "what others may import must not need the edges of the filter"},
 	{[]string{"pkg/control", "pkg/config"}, []string{"internal/..."}, nil, "clients and tools use these without any edge"},
 	{edges, append([]string{"pkg/filter", "pkg/tcpemu", "pkg/rewrite", "pkg/appstate", "pkg/checkpoint", "internal/node"}, edges...), nil,
 		"an edge touches the outside and decides nothing, and knows no other edge"},
@@ -123,6 +123,7 @@ var unreachable = []struct {
 	{"cmd/ckptctl", "pkg/filter", "the agent runs commands as root and parses no packets"},
 	{"cmd/ckptctl", "internal/node", "the agent runs commands as root and parses no packets"},
 	{"cmd/ckptctl", "internal/nfq", "the agent runs commands as root and parses no packets"},
+	{"cmd/nfconnfilter", "internal/connhook", "the filter has no business with cgroups; hooking an application is the agent's, and takes more than its capabilities"},
 	{"cmd/nfconnfilter", "pkg/checkpoint", "the filter parses hostile bytes and runs no commands"},
 }
 
@@ -185,6 +186,8 @@ func TestRulesBite(t *testing.T) {
 		"siblings":                      {"pkg/tcpemu": {"pkg/appstate"}},
 		"edge to edge":                  {"internal/nfq": {"internal/inject"}},
 		"edge to core":                  {"internal/rules": {"pkg/filter"}},
+		"hook to edge":                  {"internal/connhook": {"internal/vip"}},
+		"filter with hooks":             {"cmd/nfconnfilter": {"internal/node"}, "internal/node": {"internal/connhook"}},
 		"public to internal":            {"pkg/control": {"internal/nfq"}},
 		"test tools":                    {"cmd/ckptctl": {"internal/testnet"}},
 		"cgo":                           {"internal/nfq": {"C"}},
