@@ -112,7 +112,7 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	launch := &osLauncher{stateDir: cfg.Node.StateDir, log: o.Logger}
+	launch := &osLauncher{stateDir: cfg.Node.StateDir, log: o.Logger, hooks: kernelHooks{}}
 	filter := control.Dial(cfg.Node.ControlSocket, connect.WithInterceptors(patience(filterPatience)))
 	defer filter.Close()
 	a := newAgent(ctx, o, cfg, filter)
@@ -229,7 +229,6 @@ func (a *agent) reload() {
 		a.log.Error("application disabled", "fault", f.Error())
 	}
 	a.mu.Lock()
-	defer a.mu.Unlock()
 	cfg.Generation = a.cfg.Generation + 1
 	for name := range cfg.Apps {
 		if a.cfg.Apps[name] == nil { // an earlier agent may have left something
@@ -237,6 +236,13 @@ func (a *agent) reload() {
 		}
 	}
 	a.cfg = cfg
+	procs := maps.Clone(a.procs)
+	a.mu.Unlock()
+	for name, p := range procs {
+		if app := cfg.Apps[name]; app != nil {
+			a.hookRunning(app, p)
+		}
+	}
 	a.log.Info("configuration read again", "generation", cfg.Generation)
 }
 

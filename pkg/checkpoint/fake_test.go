@@ -54,6 +54,7 @@ type world struct {
 	others    []*pb.AppStatus // other applications
 	running   bool
 	frozen    bool
+	hooked    bool           // the connections that it opens get the VIP
 	lossy     map[string]int // handshakes to lose, by remote
 	unlearned []string
 	inFlight  int
@@ -314,7 +315,7 @@ func (w *world) local(string) ([]netip.Addr, error) {
 
 type fakeLauncher struct{ w *world }
 
-func (l fakeLauncher) start(*config.App) (process, error) {
+func (l fakeLauncher) start(app *config.App) (process, error) {
 	if err := l.w.do("exec"); err != nil {
 		return nil, err
 	}
@@ -322,7 +323,23 @@ func (l fakeLauncher) start(*config.App) (process, error) {
 	defer l.w.mu.Unlock()
 	l.w.running = l.w.fail["dies"] == nil
 	l.w.listening = l.w.running && l.w.fail["deaf"] == nil
+	l.w.hooked = app.Process.BindVIP
 	return fakeProcess(l), nil
+}
+
+// hook is seen only where it has something to do.
+func (l fakeLauncher) hook(app *config.App, _ process) error {
+	l.w.mu.Lock()
+	was := l.w.hooked
+	l.w.hooked = app.Process.BindVIP
+	l.w.mu.Unlock()
+	switch {
+	case app.Process.BindVIP:
+		return l.w.do("hook")
+	case was:
+		return l.w.do("unhook")
+	}
+	return nil
 }
 
 func (l fakeLauncher) run(ctx context.Context, _ *config.App, argv []string) error {

@@ -34,6 +34,9 @@ type launcher interface {
 	// find gives the process that an earlier agent started or adopted, or
 	// that pid_file names; nil when none runs.
 	find(app *config.App) (process, error)
+	// hook has the connections that a running process opens from now on follow
+	// process.bind_vip; start has done that before the process begins.
+	hook(app *config.App, p process) error
 	// logPath tells where the application's output goes.
 	logPath(app *config.App) string
 }
@@ -42,7 +45,9 @@ type launcher interface {
 type osLauncher struct {
 	stateDir string
 	log      *slog.Logger
-	noCgroup bool // tests: stop by signals
+	hooks    connectHooks
+	hooking  sync.Mutex // one at a time: a reload may meet a start
+	noCgroup bool       // tests: stop by signals
 	// children counts the goroutines that reap.
 	children sync.WaitGroup
 }
@@ -160,12 +165,13 @@ func (l *osLauncher) start(app *config.App) (process, error) {
 	if err := saveRecord(l.stateDir, record{App: app.Name, BootID: bootID(), Mark: mark}); err != nil {
 		return nil, fmt.Errorf("record of %s: %w; nothing was started", app.Name, err)
 	}
-	group := l.startInCgroup(app, cmd, mark)
-	if group == "" {
-		if err := startIn(app.Process.Namespace, cmd); err != nil {
-			l.forget(app.Name)
-			return nil, fmt.Errorf("start %s: %w", app.Name, err)
-		}
+	group, err := l.startInCgroup(app, cmd, mark)
+	if group == "" && err == nil {
+		err = startIn(app.Process.Namespace, cmd)
+	}
+	if err != nil {
+		l.forget(app.Name)
+		return nil, fmt.Errorf("start %s: %w", app.Name, err)
 	}
 	st, err := readStat(cmd.Process.Pid)
 	if err != nil {
@@ -199,15 +205,15 @@ func (l *osLauncher) forget(app string) {
 
 // startInCgroup starts the command inside a new cgroup (clone3 with
 // CLONE_INTO_CGROUP); "" when that is not possible here and nothing was
-// started.
-func (l *osLauncher) startInCgroup(app *config.App, cmd *exec.Cmd, mark string) cgroup {
-	if l.noCgroup {
-		return ""
+// started, which is an error for an application that cannot do without.
+func (l *osLauncher) startInCgroup(app *config.App, cmd *exec.Cmd, mark string) (cgroup, error) {
+	c, err := l.hookedCgroup(app, mark)
+	if err != nil && app.Process.BindVIP {
+		return "", err
 	}
-	c, err := newCgroup(app.Name, mark)
 	if err != nil {
 		l.log.Debug("no cgroup for the application, it is stopped by signals", "app", app.Name, "err", err)
-		return ""
+		return "", nil
 	}
 	d, err := os.Open(string(c))
 	if err == nil {
@@ -215,15 +221,39 @@ func (l *osLauncher) startInCgroup(app *config.App, cmd *exec.Cmd, mark string) 
 		attr := *cmd.SysProcAttr
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(d.Fd())
 		if err = startIn(app.Process.Namespace, cmd); err == nil {
-			return c
+			return c, nil
 		}
 		// A second Start needs a fresh Cmd.
 		*cmd = exec.Cmd{Path: cmd.Path, Args: cmd.Args, Dir: cmd.Dir, Env: cmd.Env,
 			Stdout: cmd.Stdout, Stderr: cmd.Stderr, SysProcAttr: &attr}
 	}
-	l.log.Debug("no cgroup for the application, it is stopped by signals", "app", app.Name, "err", err)
 	c.remove()
-	return ""
+	if app.Process.BindVIP {
+		return "", err
+	}
+	l.log.Debug("no cgroup for the application, it is stopped by signals", "app", app.Name, "err", err)
+	return "", nil
+}
+
+// hookedCgroup makes the cgroup, and puts the hook for process.bind_vip there
+// before any process is in it: no connection goes out without.
+func (l *osLauncher) hookedCgroup(app *config.App, mark string) (cgroup, error) {
+	c, err := cgroup(""), errors.New("it is not to be used")
+	if !l.noCgroup {
+		c, err = newCgroup(app.Name, mark)
+	}
+	if !app.Process.BindVIP {
+		return c, err
+	}
+	if err != nil {
+		return "", fmt.Errorf("process.bind_vip of %s needs a cgroup: %w; give the agent cgroup v2 "+
+			"(mount -t cgroup2 none /sys/fs/cgroup), or set bind_vip = false", app.Name, err)
+	}
+	if err := l.attach(app, c); err != nil {
+		c.remove()
+		return "", err
+	}
+	return c, nil
 }
 
 func (l *osLauncher) run(ctx context.Context, app *config.App, argv []string) error {

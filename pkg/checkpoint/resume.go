@@ -269,6 +269,9 @@ func (a *agent) resumeRunning(app *config.App, in *intent, st *pb.AppStatus, pro
 		if err := proc.thaw(); err != nil {
 			return "", nil, err
 		}
+		if st.State != control.StateUnknown {
+			a.hookRunning(app, proc)
+		}
 	}
 	if in.BootID != bootID() {
 		return "", nil, nil // nothing of it is left

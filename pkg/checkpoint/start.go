@@ -70,6 +70,9 @@ func (a *agent) start(ctx context.Context, name string) (reply *pb.AgentReply, e
 		if err := proc.thaw(); err != nil { // an earlier agent may have left it stopped
 			return nil, failed(opStart, name, st.State, err)
 		}
+		if err := a.launch.hook(app, proc); err != nil { // its file was read afresh
+			return nil, failed(opStart, name, st.State, err)
+		}
 	}
 	if proc != nil && st.State != control.StateUnknown {
 		return reply, nil
