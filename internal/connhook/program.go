@@ -242,9 +242,8 @@ func ports(ranges []portRange) asm.Instructions {
 // alone, and connect chooses a port that is free for the four-tuple. It takes
 // no lock (no BIND_WITH_LOCK): connect holds the socket's already.
 //
-// It refuses a socket that has a port of its own, an address that is not
-// there, or one that is not on the device to which the socket is bound. Then
-// the connection has the source that it would have had without us.
+// It refuses a socket that has a port of its own and an address that is not
+// there. Then the connection has the source that it would have had without us.
 func bind() asm.Instructions {
 	return asm.Instructions{
 		asm.Mov.Reg(asm.R1, asm.R6).WithSymbol(toBind),
