@@ -141,7 +141,7 @@ func (s service) Unregister(ctx context.Context, r *connect.Request[pb.Unregiste
 
 func (s service) SnapshotStart(ctx context.Context, r *connect.Request[pb.SnapshotStartRequest]) (*connect.Response[pb.LearnReply], error) {
 	m := r.Msg
-	b := &filter.SnapshotStart{App: m.App, LeaveOut: m.LeaveOut, Timeout: m.LearnTimeoutMs * 1e6}
+	b := &filter.SnapshotStart{App: m.App, LeaveOut: m.LeaveOut, Timeout: m.LearnTimeoutMs * 1e6, Boundary: m.Boundary, Quiet: m.QuietMs * 1e6}
 	var err error
 	if b.Listen, err = ports(m.ListenPorts); err != nil {
 		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: listen_ports: "+err.Error())

@@ -59,6 +59,12 @@ func (s *Scanner) Synced() bool { return s.synced }
 // scanner knows.
 func (s *Scanner) Whole() bool { return s.synced && s.whole }
 
+// Maybe tells whether the stream may stand between two requests though the
+// scanner does not know it: what was seen last ends as requests do.
+func (s *Scanner) Maybe() bool {
+	return s.Whole() || s.kind == Resp && s.resp.begun && s.resp.at == first
+}
+
 // Write takes the next octets of the stream. It returns the offset in p behind
 // the last request that ends in p, 0 where none does.
 func (s *Scanner) Write(p []byte) int {

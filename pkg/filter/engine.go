@@ -15,6 +15,7 @@ import (
 	"slices"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/boundary"
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
 )
 
@@ -49,8 +50,8 @@ type Engine struct {
 	blocked map[netip.Addr]bool // VIPs whose connections were lost while away
 	conns   map[ConnID]*conn
 	flows   map[flowKey]int // translated connections of each entry in the set
-	kept    int // octets of memory for payload
-	syns    int // kept, of all applications
+	kept    int             // octets of memory for payload
+	syns    int             // kept, of all applications
 	rng     uint64
 	timers  timers
 	asked   map[Time]struct{} // deadlines in timers
@@ -107,6 +108,7 @@ type app struct {
 	restarted   bool // the filter was, in the freeze, and nothing is sealed yet
 	passCloses  bool // until the seal
 	abortOnData bool
+	boundary    boundary.Kind // in the snapshot under way; None: the turn
 	quiet       Time
 	since       Time // of SNAPSHOTSTART
 	froze       Time
@@ -324,6 +326,7 @@ func (e *Engine) newConn(now Time, a *app, id ConnID, role appstate.Role, state 
 	}
 	c := &conn{app: a, id: id, role: role, state: state, created: now, index: len(a.conns)}
 	c.ep.Local, c.ep.Remote = id.Local, id.Remote
+	c.followAnew()
 	a.conns = append(a.conns, c)
 	a.count[state]++
 	e.conns[id] = c
@@ -425,6 +428,9 @@ func (e *Engine) unkeep(c *conn) {
 func (e *Engine) keep(c *conn, s *packet.Segment) bool {
 	if c.kept == nil {
 		c.keptAt = c.ep.RcvNxt
+		if c.short() { // what is before it still goes to local
+			c.keptAt = c.bound
+		}
 	}
 	have := c.keptAt.Add(uint32(len(c.kept)))
 	if have.Less(s.Seq) {

@@ -256,6 +256,7 @@ func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment) bool {
 		serial = c.asks
 	}
 	c.answered()
+	c.tellsHeld(s, c.tr.In)
 	if c.ep.Opt.SACK || ack != c.irs.Add(1) {
 		c.ackSeen = true // a socket with an unfinished handshake sends no DSACK
 	}

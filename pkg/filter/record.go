@@ -6,6 +6,7 @@ import (
 	"net/netip"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/boundary"
 	"github.com/nfconnfilter/nfconnfilter/pkg/rewrite"
 	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 	"github.com/nfconnfilter/nfconnfilter/pkg/tcpemu"
@@ -32,6 +33,7 @@ type AppRecord struct {
 	BytesIn          uint64         `cbor:"15,keyasint,omitempty"` // of connections that ended
 	BytesOut         uint64         `cbor:"16,keyasint,omitempty"`
 	AbortOnData      bool           `cbor:"17,keyasint,omitempty"`
+	Boundary         string         `cbor:"18,keyasint,omitempty"`
 }
 
 // ConnRecord is what of a connection must outlive the filter while its
@@ -87,6 +89,9 @@ type ConnRecord struct {
 
 	CloseWait bool `cbor:"42,keyasint,omitempty"`
 	Shut      bool `cbor:"43,keyasint,omitempty"` // its window was closed when it was re-established
+
+	Bound   seqnum.Value `cbor:"44,keyasint,omitempty"`
+	Bounded bool         `cbor:"45,keyasint,omitempty"`
 }
 
 // Record is one thing to be kept: an application, a connection, or, where both
@@ -170,7 +175,7 @@ func (a *app) record() *AppRecord {
 	return &AppRecord{
 		Name: a.name, VIPs: a.vips, Include: a.include, Exclude: a.exclude, Outgoing: a.outgoing,
 		IncludeAddresses: a.includeNets, ExcludeAddrs: a.excludeNets, State: state, SnapshotID: id,
-		Listen: a.listen, Quiet: a.quiet, Sealed: a.sealed, PassCloses: a.passCloses, Wake: a.wake, AbortOnData: a.abortOnData,
+		Listen: a.listen, Quiet: a.quiet, Sealed: a.sealed, PassCloses: a.passCloses, Wake: a.wake, AbortOnData: a.abortOnData, Boundary: a.boundary.String(),
 		BytesIn: a.bytesIn, BytesOut: a.bytesOut,
 	}
 }
@@ -188,6 +193,7 @@ func (c *conn) record() *ConnRecord {
 		BytesIn: c.bytesIn, BytesOut: c.bytesOut, Discarded: c.discarded,
 		FinIn: c.finIn, FinOut: c.finOut, RemoteFirst: c.remoteFirst, FinOwed: c.finOwed, Hole: c.hole, FinInEnd: c.finInEnd, FinOutEnd: c.finOutEnd,
 		HsIRS: c.hsIRS, Translated: c.translated, Tr: c.tr, CloseWait: c.closeWait, Shut: c.shut,
+		Bound: c.bound, Bounded: c.bounded,
 	}
 }
 
@@ -268,6 +274,9 @@ func (e *Engine) loadApp(r *AppRecord) {
 	e.enter(a)
 	a.state = r.State
 	a.before = r.State
+	if r.State == appstate.SnapshotFreeze {
+		a.boundary = boundary.Named(r.Boundary)
+	}
 }
 
 func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bool, fx *Effects) {
@@ -293,6 +302,10 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	c.finOwed, c.hole = r.FinOwed, r.Hole
 	c.hsIRS, c.tr, c.translated, c.closeWait, c.shut = r.HsIRS, r.Tr, r.Translated, r.CloseWait, r.Shut
 	c.saved, c.reloaded = true, true
+	if c.scan != nil {
+		c.scan.seen = true // nobody knows what passed since
+		c.bound, c.bounded = r.Bound, r.Bounded
+	}
 	if c.translated {
 		a.translated++
 		e.flows[flowKey{c.id.Remote, c.id.Local.Addr()}]++

@@ -86,7 +86,7 @@ func (e *Engine) frozenOut(now Time, c *conn, p *Packet, fx *Effects) {
 		fx.send(&sp, false)
 		fx.drop(FrozenPass)
 	}
-	if c.last == localSpoke && !c.frozen {
+	if c.last == localSpoke && !c.frozen && c.scan == nil {
 		c.freeze()
 	}
 }

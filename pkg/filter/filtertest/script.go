@@ -40,8 +40,8 @@ import (
 //	                                         translated flows has lost that of NAME
 //	request WORDS...                         as in ckptctl ioctl, GETCONNINFO too; besides
 //	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
-//	                                         ADOPT stale NAME,
-//	                                         SNAPSHOTFREEZE pass-closes, abort-on-data or a boundary
+//	                                         ADOPT stale NAME, SNAPSHOTSTART line|resp,
+//	                                         SNAPSHOTFREEZE pass-closes, abort-on-data and a boundary
 //
 // Flags are joined by +, e.g. ACK or FIN+ACK. Numbers are relative: seq to the
 // next octet of that end, ack to what it has received. A segment in order moves
@@ -362,6 +362,8 @@ func (w *World) arrive(l *link, fromRemote bool) {
 			other.got = append(other.got, s.Payload()...)
 		}
 		other.rcv = s.End()
+	} else if other.rcv.Less(s.Seq) && s.PayloadLen() > 0 {
+		other.ahead = []seqnum.Value{s.Seq, s.End()}
 	}
 }
 
@@ -379,6 +381,9 @@ func (w *World) requestLine(f []string) error {
 	switch f[0] {
 	case "SNAPSHOTSTART":
 		r := &filter.SnapshotStart{App: app, Listen: []uint16{6379}, LeaveOut: arg(1) == "leave-out"}
+		if arg(1) == "line" || arg(1) == "resp" {
+			r.Boundary = arg(1)
+		}
 		if arg(1) != "blind" {
 			r.Sockets = w.sockets(arg(1), arg(2))
 		}
@@ -397,9 +402,16 @@ func (w *World) requestLine(f []string) error {
 		}
 		w.request(r)
 	case "SNAPSHOTFREEZE":
-		r := &filter.SnapshotFreeze{App: app, PassCloses: arg(1) == "pass-closes", AbortOnData: arg(1) == "abort-on-data"}
-		if !r.PassCloses && !r.AbortOnData {
-			r.Boundary = arg(1)
+		r := &filter.SnapshotFreeze{App: app}
+		for _, word := range f[1:] {
+			switch word {
+			case "pass-closes":
+				r.PassCloses = true
+			case "abort-on-data":
+				r.AbortOnData = true
+			default:
+				r.Boundary = word
+			}
 		}
 		w.request(r)
 	case "SEAL":

@@ -76,11 +76,12 @@ func ipLen(b []byte) int {
 	return 20
 }
 
-// withSACK rebuilds b with one SACK block in front of the other options.
-func withSACK(b []byte, left, right seqnum.Value) []byte {
-	o := []byte{1, 1, 5, 10, 11: 0}
-	binary.BigEndian.PutUint32(o[4:], uint32(left))
-	binary.BigEndian.PutUint32(o[8:], uint32(right))
+// withSACK rebuilds b with SACK blocks, by their edges, in front of the other options.
+func withSACK(b []byte, edges ...seqnum.Value) []byte {
+	o := []byte{1, 1, 5, byte(2 + 4*len(edges))}
+	for _, e := range edges {
+		o = binary.BigEndian.AppendUint32(o, uint32(e))
+	}
 	return withOption(b, o)
 }
 
