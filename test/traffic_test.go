@@ -96,3 +96,65 @@ func underTraffic(t *testing.T, n *harness.Node, load *clients.Load, snapshots i
 	rounds(t, load, 4)
 	unnoticed()
 }
+
+// TestPipelinesAtBoundary takes snapshots with boundary "resp" while Redis clients
+// send commands of many segments without ever waiting for a reply. Between two of
+// them no connection is at a turn; each freezes in the middle of what is on its
+// way, and every reply is right.
+func TestPipelinesAtBoundary(t *testing.T) {
+	const (
+		nClients  = 8
+		depth     = 8
+		size      = 100_000
+		snapshots = 10
+	)
+	app := harness.Redis("redis", vip)
+	app.Checkpoint = `boundary = "resp"`
+	n := newNode(t, harness.Options{Name: "pipes", Apps: []harness.App{app}})
+	must(t, n.Up())
+	var (
+		pipes []*clients.Pipeline
+		wg    sync.WaitGroup
+		stop  = make(chan struct{})
+		errs  = make([]error, nClients)
+	)
+	for i := range nClients {
+		p, err := clients.DialPipeline(n.Dial, at(6379), i, depth, size)
+		must(t, err)
+		t.Cleanup(func() { p.Close() })
+		pipes = append(pipes, p)
+		wg.Go(func() { errs[i] = p.Run(stop, reply) })
+	}
+	getsOn := func() error {
+		before := make([]int64, nClients)
+		for i, p := range pipes {
+			before[i] = p.Replies()
+		}
+		return harness.Wait(reply, "every client gets on", func() bool {
+			for i, p := range pipes {
+				if p.Replies() < before[i]+3*depth {
+					return false
+				}
+			}
+			return true
+		})
+	}
+	err := getsOn()
+	for i := 0; i < snapshots && err == nil; i++ {
+		var id string
+		if id, err = n.Snapshot("redis"); err != nil {
+			err = fmt.Errorf("snapshot %d: %w", i+1, err)
+			break
+		}
+		if err = n.WaitState("redis", "RESTORED", 20*time.Second); err == nil {
+			err = getsOn()
+		}
+		if err != nil {
+			err = fmt.Errorf("after snapshot %s: %w", id, err)
+		}
+		t.Logf("snapshot %d, %s: client 0 has %d replies", i+1, id, pipes[0].Replies())
+	}
+	close(stop)
+	wg.Wait()
+	must(t, clients.Summary(slices.DeleteFunc(append(errs, err), func(err error) bool { return err == nil })))
+}
