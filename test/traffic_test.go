@@ -102,16 +102,46 @@ func underTraffic(t *testing.T, n *harness.Node, load *clients.Load, snapshots i
 // them no connection is at a turn; each freezes in the middle of what is on its
 // way, and every reply is right.
 func TestPipelinesAtBoundary(t *testing.T) {
-	const (
-		nClients  = 8
-		depth     = 8
-		size      = 100_000
-		snapshots = 10
-	)
+	n := pipelinedRedis(t, "pipes", false)
+	pipelined(t, n, 8, 100_000, 10)
+}
+
+// TestPipelinesBehindNode is the same with Redis in a network namespace, to which
+// what is cut goes over a link.
+func TestPipelinesBehindNode(t *testing.T) {
+	n := pipelinedRedis(t, "pipesns", true)
+	pipelined(t, n, 4, 100_000, 3)
+}
+
+// TestPipelinesWithLoss is the same where one packet in fifty is lost, each way.
+func TestPipelinesWithLoss(t *testing.T) {
+	n := pipelinedRedis(t, "pipeloss", false)
+	for _, chain := range []string{"INPUT", "OUTPUT"} {
+		out, err := n.Net.Client().Command(iptables(), "-A", chain, "-p", "tcp", "-m", "statistic", "--mode", "random",
+			"--probability", "0.02", "-j", "DROP").CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	pipelined(t, n, 4, 30_000, 6)
+}
+
+// pipelinedRedis is a node with a Redis whose clients pipeline.
+func pipelinedRedis(t *testing.T, name string, namespace bool) *harness.Node {
+	t.Helper()
 	app := harness.Redis("redis", vip)
-	app.Checkpoint = `boundary = "resp"`
-	n := newNode(t, harness.Options{Name: "pipes", Apps: []harness.App{app}})
+	app.Namespace = namespace
+	app.Checkpoint = "boundary = \"resp\"\ndrain_timeout = \"15s\""
+	n := newNode(t, harness.Options{Name: name, Apps: []harness.App{app}})
 	must(t, n.Up())
+	return n
+}
+
+// pipelined takes snapshots while clients keep commands with values of size bytes
+// on their way, and checks every reply.
+func pipelined(t *testing.T, n *harness.Node, nClients, size, snapshots int) {
+	t.Helper()
+	const depth = 8
 	var (
 		pipes []*clients.Pipeline
 		wg    sync.WaitGroup
