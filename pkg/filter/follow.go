@@ -18,6 +18,9 @@ type follower struct {
 	seen  bool         // the remote has spoken since SNAPSHOTSTART, or it may have
 	high  seqnum.Value // behind the highest octet that local may hold
 	holds bool         // high is known
+
+	listed   seqnum.Value // RCV.NXT of local's socket when it was listed
+	isListed bool
 }
 
 // followAll has the requests of every connection followed, those of new ones
@@ -70,18 +73,41 @@ func (c *conn) follow(now Time, s *packet.Segment) (end seqnum.Value, ok bool) {
 		return 0, false
 	}
 	f.reach(in)
-	rested := !f.seen && now-max(c.lastIn, c.lastOut, c.app.since) >= c.app.quiet
+	rested := !f.seen && c.rests(now)
 	f.seen = true
 	if in.Less(s.Seq) {
 		return 0, false
 	}
-	if rested || c.handshake && in == c.irs.Add(1) { // the place between two requests as boundary "turn" has it; the first request
+	if rested || c.handshake && in == c.irs.Add(1) { // the first octet of all begins a request, too
 		f.Begin()
 	}
 	p := s.Payload()[in.Size(s.Seq):]
 	n = f.Write(p)
 	f.at = in.Add(uint32(len(p)))
 	return in.Add(uint32(n)), n > 0
+}
+
+// restTime is the silence of a remote that tells that none of its requests is under
+// way, where nothing else does. It is much longer than that of boundary "turn":
+// a remote that never waits for an answer is silent in the middle of a request, too,
+// for as long as its retransmissions take, or when the processors are busy.
+const restTime = 1e9
+
+// listedAt notes how far the remote had come when local's socket was listed.
+func (c *conn) listedAt(next seqnum.Value) {
+	if c.scan != nil {
+		c.scan.listed, c.scan.isListed = next, true
+	}
+}
+
+// rests tells whether the remote has been silent for restTime. What it did before
+// SNAPSHOTSTART is local's word, unless octets came since that was given.
+func (c *conn) rests(now Time) bool {
+	last := max(c.lastIn, c.app.since)
+	if f := c.scan; c.lastIn != 0 && f.isListed && f.listed == c.inNext() {
+		last = c.lastIn
+	}
+	return now-last >= restTime
 }
 
 // reach tells the scanner that local is to get octet in next: where that is not
@@ -143,8 +169,8 @@ func (c *conn) atBoundary(now Time) bool {
 	case c.holdsBehind(in):
 		return false
 	case !f.seen:
-		return quiet
-	case f.Whole(), !f.Synced() && f.Maybe() && quiet && c.last == localSpoke:
+		return quiet && c.rests(now)
+	case f.Whole(), !f.Synced() && f.Maybe() && c.rests(now) && c.last == localSpoke:
 		c.bound, c.bounded = in, true
 		return true
 	}

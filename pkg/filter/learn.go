@@ -114,10 +114,11 @@ func (c *conn) info(now Time, s *Socket) {
 		}
 	}
 	if c.translated {
+		next := c.hsIRS.Add(1 + uint32(s.BytesReceived)).Add(c.tr.In)
 		if !c.learned { // an earlier filter opened it
-			c.ep.RcvNxt = c.hsIRS.Add(1 + uint32(s.BytesReceived)).Add(c.tr.In)
-			c.rcvKnown = true
+			c.ep.RcvNxt, c.rcvKnown = next, true
 		}
+		c.listedAt(next)
 		return
 	}
 	if c.learned { // the socket's own word is there
@@ -127,6 +128,7 @@ func (c *conn) info(now Time, s *Socket) {
 	if c.handshake {
 		c.ep.RcvNxt = c.irs.Add(1 + uint32(s.BytesReceived))
 		c.rcvKnown = true
+		c.listedAt(c.ep.RcvNxt)
 		c.acked, c.ackedOK = c.iss.Add(1+uint32(s.BytesAcked)), s.Passive // the other side's SYN counts too
 		return
 	}

@@ -40,7 +40,9 @@ import (
 //	                                         translated flows has lost that of NAME
 //	request WORDS...                         as in ckptctl ioctl, GETCONNINFO too; besides
 //	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
-//	                                         ADOPT stale NAME, SNAPSHOTSTART line|resp,
+//	                                         ADOPT stale NAME, SNAPSHOTSTART line|resp
+//	                                         or line NAME, whose socket shows 2 s of silence;
+//	                                         NAME!: from before its remote's last octet,
 //	                                         SNAPSHOTFREEZE pass-closes, abort-on-data and a boundary
 //
 // Flags are joined by +, e.g. ACK or FIN+ACK. Numbers are relative: seq to the
@@ -458,12 +460,20 @@ func (w *World) sockets(how, name string) []filter.Socket {
 		if idle < 24*3600e9 { // shorter times do not matter to any scenario
 			idle = 0
 		}
+		sent := filter.Time(0)
+		took := uint64(l.local.rcv.Size(l.remote.iss.Add(1)))
+		if how == "line" && strings.TrimSuffix(name, "!") == l.name {
+			idle, sent = 2e9, 2e9
+			if l.name != name {
+				took--
+			}
+		}
 		out = append(out, filter.Socket{
-			LastRecv:    idle,
+			LastRecv: idle, LastSent: sent,
 			ID:          filter.ConnID{Local: l.laddr, Remote: l.raddr},
 			Established: true, CloseWait: l.remote.fin && l.local.rcv == l.remote.nxt, Passive: true, HasInfo: true,
 			TS: l.ts, SACK: l.sack, WScale: l.scale >= 0, RemoteScale: uint8(max(l.scale, 0)), LocalScale: l.lscale,
-			SndMSS: 1448, BytesReceived: uint64(l.local.rcv.Size(l.remote.iss.Add(1))),
+			SndMSS: 1448, BytesReceived: took,
 			BytesAcked: uint64(l.remote.rcv.Size(l.remote.rcvBase().Add(1))),
 		})
 	}
