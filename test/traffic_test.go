@@ -186,5 +186,12 @@ func pipelined(t *testing.T, n *harness.Node, nClients, size, snapshots int) {
 	}
 	close(stop)
 	wg.Wait()
+	reasons, rerr := n.Reasons("redis")
+	must(t, rerr)
+	if cut := reasons["frozen-cut"]; cut == 0 {
+		t.Errorf("no segment was cut at a boundary: %v", reasons)
+	} else {
+		t.Logf("%d segments were cut at a boundary", cut)
+	}
 	must(t, clients.Summary(slices.DeleteFunc(append(errs, err), func(err error) bool { return err == nil })))
 }

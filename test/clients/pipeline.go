@@ -12,7 +12,8 @@ import (
 )
 
 // Pipeline is a Redis client that never waits for a reply before it sends the
-// next command: Depth commands are on their way at any time, without a pause. It
+// next command: up to Depth commands are on their way at any time. Each write ends in
+// the middle of a command, so that the stream never rests between two of them. It
 // knows the exact bytes of each reply. Its commands are, in turn, SET of a new
 // value of Size bytes, GET of it, and INCR, so that one that is lost or executed
 // twice shows in a later reply. The values hold what looks like commands.
@@ -50,10 +51,12 @@ func (p *Pipeline) Run(stop <-chan struct{}, timeout time.Duration) error {
 	over := make(chan struct{}) // the replies are not read any more
 	go func() {
 		defer close(sent)
+		var rest []byte // of the last command
 		for n := 0; ; n++ {
 			select {
 			case <-stop:
-				written <- nil
+				_, err := p.conn.Write(rest)
+				written <- fault(err)
 				return
 			case <-over:
 				written <- nil
@@ -62,10 +65,12 @@ func (p *Pipeline) Run(stop <-chan struct{}, timeout time.Duration) error {
 			}
 			cmd, _ := p.command(n)
 			sent <- n
-			if _, err := p.conn.Write(cmd); err != nil {
+			half := len(cmd) / 2
+			if _, err := p.conn.Write(append(rest, cmd[:half]...)); err != nil {
 				written <- fault(err)
 				return
 			}
+			rest = cmd[half:]
 		}
 	}()
 	err := p.check(sent, room, timeout)
@@ -93,8 +98,8 @@ func (p *Pipeline) check(sent <-chan int, room <-chan struct{}, timeout time.Dur
 				return err
 			}
 			k, err := r.Read(buf[at:])
-			if !bytes.Equal(buf[at:at+k], want[at:at+k]) {
-				return fmt.Errorf("command %d: byte %d on of the reply is wrong: %.60q, want %.60q", n, at, buf[at:at+k], want[at:])
+			if more, _ := r.Peek(min(r.Buffered(), 80)); !bytes.Equal(buf[at:at+k], want[at:at+k]) {
+				return fmt.Errorf("command %d: byte %d on of the reply is wrong: %.60q and then %q, want %.60q", n, at, buf[at:at+k], more, want[at:])
 			}
 			if at += k; err != nil && at < len(want) {
 				if err == io.EOF {
