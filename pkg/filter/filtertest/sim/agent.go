@@ -29,6 +29,7 @@ type agent struct {
 	adopted  uint64 // engine that was told of the sockets
 	adoptAt  int64
 	snap     int
+	cut      bool // the snapshot under way was forced
 }
 
 func (a *agent) run(script func()) {
