@@ -161,9 +161,12 @@ func (s service) Unregister(ctx context.Context, r *connect.Request[pb.Unregiste
 
 func (s service) SnapshotStart(ctx context.Context, r *connect.Request[pb.SnapshotStartRequest]) (*connect.Response[pb.LearnReply], error) {
 	m := r.Msg
-	b := &filter.SnapshotStart{App: m.App, LeaveOut: m.LeaveOut}
+	b := &filter.SnapshotStart{App: m.App, LeaveOut: m.LeaveOut, Boundary: m.Boundary}
 	var err error
 	if b.Timeout, err = period("learn_timeout_ms", m.LearnTimeoutMs); err != nil {
+		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: "+err.Error())
+	}
+	if b.Quiet, err = period("quiet_ms", m.QuietMs); err != nil {
 		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: "+err.Error())
 	}
 	if b.Listen, err = ports(m.ListenPorts); err != nil {

@@ -1,10 +1,12 @@
 package checkpoint
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 )
 
@@ -60,5 +62,20 @@ func TestSnapshotAccountsForKnown(t *testing.T) {
 	_, err := snapshotOnce(t.Context(), a, false)
 	if err == nil || !strings.Contains(err.Error(), "5 bytes not read by the application") {
 		t.Errorf("error %v", err)
+	}
+}
+
+// The filter is told of the boundary when it begins to capture, so that it can
+// follow what remotes say from then on.
+func TestBoundaryIsAnnounced(t *testing.T) {
+	for _, word := range []string{config.BoundaryTurn, config.BoundaryLine, config.BoundaryRESP} {
+		w, a := newWorld(t, 2)
+		a.config().Apps["redis"].Checkpoint.Boundary = word
+		if _, err := snapshotOnce(t.Context(), a, false); err != nil {
+			t.Fatal(err)
+		}
+		if want := []string{word + " 1", word + " 1"}; !slices.Equal(w.bounds, want) {
+			t.Errorf("%s: the filter was told %q, want %q", word, w.bounds, want)
+		}
 	}
 }

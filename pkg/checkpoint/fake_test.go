@@ -57,6 +57,7 @@ type world struct {
 	hooked    bool           // the connections that it opens get the VIP
 	lossy     map[string]int // handshakes to lose, by remote
 	unlearned []string
+	bounds    []string // boundary and quiet of SNAPSHOTSTART and SNAPSHOTFREEZE
 	inFlight  int
 	most      int // most connections in flight at once
 	stopAgent context.CancelFunc
@@ -120,6 +121,7 @@ func (w *world) SnapshotStart(_ context.Context, r *connect.Request[pb.SnapshotS
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.events = append(w.events, fmt.Sprintf("sockets=%d,ports=%v", len(r.Msg.Sockets), r.Msg.ListenPorts))
+	w.bounds = append(w.bounds, fmt.Sprint(r.Msg.Boundary, " ", r.Msg.QuietMs))
 	return connect.NewResponse(&pb.LearnReply{Unlearned: w.unlearned}), nil
 }
 
@@ -138,6 +140,9 @@ func (w *world) SnapshotFreeze(_ context.Context, r *connect.Request[pb.Snapshot
 	if r.Msg.Boundary == control.BoundaryNow {
 		return w.step("SNAPSHOTFREEZE-now", []string{control.StateSnapshotFreeze}, control.StateSnapshotFreeze)
 	}
+	w.mu.Lock()
+	w.bounds = append(w.bounds, fmt.Sprint(r.Msg.Boundary, " ", r.Msg.QuietMs))
+	w.mu.Unlock()
 	return w.step("SNAPSHOTFREEZE", []string{control.StateSnapshotStart}, control.StateSnapshotFreeze)
 }
 

@@ -182,7 +182,8 @@ func (r *snapshotRun) announce() error {
 	if err := r.dsack(all); err != nil {
 		return err
 	}
-	req := &pb.SnapshotStartRequest{App: r.app.Name, LeaveOut: r.force, ListenPorts: r.scope.listenPorts(ls)}
+	req := &pb.SnapshotStartRequest{App: r.app.Name, LeaveOut: r.force, ListenPorts: r.scope.listenPorts(ls),
+		Boundary: r.app.Checkpoint.Boundary, QuietMs: r.app.Checkpoint.Quiet.Std().Milliseconds()}
 	var others []sockdiag.Socket
 	if req.Sockets, others, err = r.scope.pick(all, forSnapshot, r.known); err != nil {
 		return err

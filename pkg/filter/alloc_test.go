@@ -82,6 +82,43 @@ func TestSteadyPathAllocatesNothing(t *testing.T) {
 	}
 }
 
+// TestFollowingAllocatesNothing: where requests end is found without memory, before
+// the freeze and in it.
+func TestFollowingAllocatesNothing(t *testing.T) {
+	for _, boundary := range []string{"line", "resp"} {
+		for _, freeze := range []string{"", "request SNAPSHOTFREEZE " + boundary + "\n"} {
+			w := filtertest.New()
+			head := `"*2\r\n$4\r\nECHO\r\n$99999999\r\nvalue"`
+			if err := w.Play(connected + "request SNAPSHOTSTART " + boundary + "\nremote c1 ACK data " + head + "\nlocal c1 ACK\n" + freeze); err != nil {
+				t.Fatal(err)
+			}
+			want := filter.Pass
+			if freeze != "" {
+				want = filter.FrozenPass
+			}
+			const size, n = 100, 400 // in local's window
+			seg := make([][]byte, n+2)
+			for i := range seg {
+				seg[i] = w.Segment("c1", true, packet.ACK, int64(i*size), make([]byte, size))
+			}
+			var fx filter.Effects
+			ev := filter.Event{Packet: &filter.Packet{Hook: filter.HookPrerouting}}
+			step := func() {
+				ev.Packet.Data, seg = seg[0], seg[1:]
+				w.Engine.Step(w.Now(), ev, &fx)
+				fx.Reset()
+				if fx.Reason != want {
+					t.Fatalf("%s: the packet met %v, want %v", boundary, fx.Reason, want)
+				}
+			}
+			step()
+			if a := testing.AllocsPerRun(n, step); a != 0 {
+				t.Errorf("%s: %v allocations a packet", boundary, a)
+			}
+		}
+	}
+}
+
 func BenchmarkStep(b *testing.B) {
 	for _, p := range paths {
 		b.Run(p.name, func(b *testing.B) {

@@ -90,6 +90,9 @@ type conn struct {
 	beatAt    Time         // then
 	keptUrg   seqnum.Value // behind the urgent octets of it (RFC 9293 section 3.8.5)
 	urgent    bool         // keptUrg is known
+	scan      *follower    // of the remote's requests, nil with boundary "turn"
+	bound     seqnum.Value // the boundary at which it was frozen: local gets nothing from there on
+	bounded   bool         // bound is known
 	exact     bucket       // for answers to segments that only the remote can send
 	strange   bucket       // for answers to all others
 
@@ -337,6 +340,7 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 	}
 	n := uint32(s.PayloadLen())
 	end := s.End()
+	c.tellsHeld(s, 0)
 	if exact && c.handshake && !c.translated && (end != c.iss.Add(1) || s.Ack != c.irs.Add(1)) {
 		c.ackSeen = true // an unfinished handshake has neither taken nor sent octets
 	}
@@ -492,20 +496,23 @@ func (c *conn) missing(now Time) string {
 	case c.discarded > 0:
 		return fmt.Sprintf("%d octets from local after the seal were discarded", c.discarded)
 	case !c.frozen && !c.sealed:
-		if c.role == appstate.Active {
-			return "not at its boundary: local spoke last and has no reply"
-		}
-		return "not at its boundary: the remote spoke last and local has not answered"
+		return c.missingBoundary()
 	case c.spooled && !c.sealed && c.learned:
 		return fmt.Sprintf("%d octets that came while local was away are not taken by it yet", len(c.kept))
 	case c.ep.SndUna != c.ep.SndNxt:
 		return fmt.Sprintf("%d octets sent are not acknowledged by the remote", c.ep.SndNxt.Size(c.ep.SndUna))
 	case c.sealed:
 		return ""
+	case c.short():
+		return fmt.Sprintf("local has not taken the last %d octets before its boundary", c.bound.Size(c.ep.RcvNxt))
+	case c.bounded && c.bound.Less(c.ep.RcvNxt):
+		return fmt.Sprintf("local has taken %d octets behind its boundary", c.ep.RcvNxt.Size(c.bound))
 	case !c.confirmed:
 		return "local has not confirmed its numbers"
 	case c.lastOut != 0 && now-c.lastOut < c.app.quiet:
 		return "local is still speaking"
+	case c.scan != nil && c.lastIn != 0 && now-c.lastIn < c.app.quiet:
+		return "local may still answer"
 	}
 	return ""
 }

@@ -15,6 +15,7 @@ import (
 	"slices"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/boundary"
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
 )
 
@@ -112,6 +113,7 @@ type app struct {
 	spool       int  // octets of each connection that are acknowledged while away
 	wakeFull    bool // only a full spool, or a FIN, wakes
 	heartbeats  []Heartbeat
+	boundary    boundary.Kind // in the snapshot under way; None: the turn
 	quiet       Time
 	since       Time // of SNAPSHOTSTART
 	froze       Time
@@ -338,6 +340,7 @@ func (e *Engine) newConn(now Time, a *app, id ConnID, role appstate.Role, state 
 	}
 	c := &conn{app: a, id: id, role: role, state: state, created: now, index: len(a.conns)}
 	c.ep.Local, c.ep.Remote = id.Local, id.Remote
+	c.followAnew()
 	a.conns = append(a.conns, c)
 	a.count[state]++
 	e.conns[id] = c
@@ -444,6 +447,9 @@ func (e *Engine) unkeep(c *conn) {
 func (e *Engine) keep(c *conn, s *packet.Segment) bool {
 	if c.kept == nil {
 		c.keptAt = c.ep.RcvNxt
+		if c.short() { // what is before it still goes to local
+			c.keptAt = c.bound
+		}
 	}
 	have := c.keptAt.Add(uint32(len(c.kept)))
 	if have.Less(s.Seq) {

@@ -173,6 +173,8 @@ func adopt(now filter.Time, op byte, conn func(byte) filter.ConnID, req func(any
 	req(b)
 }
 
+var boundaries = [...]string{"", "line", "resp", "now"}
+
 func request(n byte, conn func(byte) filter.ConnID, req func(any)) {
 	force := n&128 != 0
 	switch n % 16 {
@@ -181,9 +183,9 @@ func request(n byte, conn func(byte) filter.ConnID, req func(any)) {
 		for i := range n >> 4 & 3 {
 			socks = append(socks, filter.Socket{ID: conn(i), Established: true, Passive: true, CloseWait: force, HasInfo: true, TS: true, SACK: true})
 		}
-		req(&filter.SnapshotStart{App: "a", Sockets: socks, Listen: []uint16{80}, LeaveOut: force})
+		req(&filter.SnapshotStart{App: "a", Sockets: socks, Listen: []uint16{80}, LeaveOut: force, Boundary: boundaries[n>>5&3]})
 	case 2:
-		req(&filter.SnapshotFreeze{App: "a"})
+		req(&filter.SnapshotFreeze{App: "a", Boundary: boundaries[n>>5&3]})
 	case 3:
 		req(&filter.Seal{App: "a"})
 	case 4:

@@ -11,10 +11,19 @@ import (
 // has not reached its boundary.
 func (e *Engine) letThrough(now Time, c *conn, p *Packet, fx *Effects) {
 	s := &e.seg
+	cut := false
+	if c.scan != nil && s.Len() > 0 && !s.Has(packet.RST) && c.alive() {
+		var ok bool
+		if cut, ok = e.upToBoundary(now, c, fx); !ok {
+			return
+		}
+	}
 	gone := s.Has(packet.RST) && c.resets(s)
 	c.observeIn(now, s)
-	e.passIn(c, p, fx)
-	if fx.Reason == Pass {
+	switch e.passIn(c, p, fx); {
+	case cut:
+		fx.modified(FrozenCut, s.Raw())
+	case fx.Reason == Pass:
 		fx.Reason = FrozenPass
 	}
 	if gone {
@@ -22,13 +31,10 @@ func (e *Engine) letThrough(now Time, c *conn, p *Packet, fx *Effects) {
 	}
 }
 
-// freezeQuiet freezes a connection that stands at a turn: local spoke last, or
-// nobody has sent for the quiet time.
+// freezeQuiet freezes a connection that stands at its boundary. With "turn" that
+// is where local spoke last, or nobody has sent for the quiet time.
 func (e *Engine) freezeQuiet(now Time, c *conn) {
-	if c.frozen || !c.learned || !c.alive() {
-		return
-	}
-	if c.atTurn(now) {
+	if !c.frozen && c.learned && c.alive() && c.atBoundary(now) {
 		c.freeze()
 	}
 }

@@ -113,10 +113,11 @@ func (c *conn) info(now Time, s *Socket) {
 		}
 	}
 	if c.translated {
+		next := c.hsIRS.Add(1 + uint32(s.BytesReceived)).Add(c.tr.In)
 		if !c.learned { // an earlier filter opened it
-			c.ep.RcvNxt = c.hsIRS.Add(1 + uint32(s.BytesReceived)).Add(c.tr.In)
-			c.rcvKnown = true
+			c.ep.RcvNxt, c.rcvKnown = next, true
 		}
+		c.listedAt(next)
 		return
 	}
 	if !c.handshake {
@@ -129,6 +130,7 @@ func (c *conn) info(now Time, s *Socket) {
 	if c.handshake {
 		c.ep.RcvNxt = c.irs.Add(1 + uint32(s.BytesReceived))
 		c.rcvKnown = true
+		c.listedAt(c.ep.RcvNxt)
 		c.acked, c.ackedOK = c.iss.Add(1+uint32(s.BytesAcked)), s.Passive // the other side's SYN counts too
 	}
 }
@@ -262,6 +264,7 @@ func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment) bool {
 		serial = c.asks
 	}
 	c.answered()
+	c.tellsHeld(s, c.tr.In)
 	if c.ep.Opt.SACK || ack != c.irs.Add(1) {
 		c.ackSeen = true // a socket with an unfinished handshake sends no DSACK
 	}

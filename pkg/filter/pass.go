@@ -174,7 +174,7 @@ func (e *Engine) inbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 	switch {
 	case c != nil && c.fresh || a.state == appstate.SnapshotFreeze && !a.sealed && c != nil && c.state == appstate.SynSent:
 		// local has opened it just now
-	case a.state == appstate.SnapshotFreeze && c != nil && c.passes(a) && !s.Has(packet.SYN):
+	case a.state == appstate.SnapshotFreeze && c != nil && c.passes(a, s) && !s.Has(packet.SYN):
 		e.letThrough(now, c, p, fx)
 		return
 	case a.state.Away():
@@ -190,6 +190,10 @@ func (e *Engine) inbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 		return
 	}
 	gone := s.Has(packet.RST) && c.resets(s)
+	if c.scan != nil {
+		c.follow(now, s)
+		c.scan.gave(s)
+	}
 	c.observeIn(now, s)
 	e.passIn(c, p, fx)
 	if gone {
@@ -210,14 +214,16 @@ func (c *conn) resets(s *packet.Segment) bool {
 	return c.app.state != appstate.SnapshotStart && c.app.state != appstate.SnapshotFreeze
 }
 
-// passes tells whether a remote's segments reach local in SNAPSHOTFREEZE: until
-// the connection is frozen, and until the seal where local has closed already
+// passes tells whether s, a segment of the remote, may reach local in
+// SNAPSHOTFREEZE: until the connection is frozen, of what lies before its
+// boundary until local has it, and until the seal where local has closed already
 // and only its stack still works on the end.
-func (c *conn) passes(a *app) bool {
+func (c *conn) passes(a *app, s *packet.Segment) bool {
 	if c.state == appstate.Closing && c.finOut {
 		return !a.sealed
 	}
-	return !a.sealed && !c.frozen && !c.sealed && c.alive()
+	again := c.short() && s.PayloadLen() > 0 && !s.Has(packet.RST) && s.Seq.Less(c.bound)
+	return !a.sealed && (!c.frozen || again) && !c.sealed && c.alive()
 }
 
 // passIn lets a segment of the remote go on to local, translated where the

@@ -31,6 +31,8 @@ const (
 	FrozenPass
 	FrozenStripped
 	FrozenKept
+	FrozenCut
+	FrozenUnordered
 	FinHeldBack
 	// Held remotes.
 	HeldNoted
@@ -75,7 +77,7 @@ const NumReasons = int(numReasons)
 var reasonNames = [...]string{
 	"none", "no-app", "excluded", "malformed", "bad-options", "bad-checksum", "truncated-copy", "not-ours", "same-node", "blocked",
 	"pass", "translated", "handshake", "close", "ask-answer", "icmp", "icmp-translated", "table-full", "app-table-full",
-	"frozen-pass", "frozen-stripped", "frozen-kept", "fin-held-back",
+	"frozen-pass", "frozen-stripped", "frozen-kept", "frozen-cut", "frozen-unordered", "fin-held-back",
 	"held-noted", "held-answered", "held-challenged", "held-limited", "held-out-of-window", "held-bad-ack",
 	"held-old-timestamp", "held-no-ack", "held-data", "held-data-dropped", "held-fin", "held-fin-acked", "held-rst",
 	"held-rst-ignored", "held-syn-kept", "held-syn-limited", "held-syn-refused", "held-unknown", "held-icmp",

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/boundary"
 	"github.com/nfconnfilter/nfconnfilter/pkg/rewrite"
 	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 	"github.com/nfconnfilter/nfconnfilter/pkg/tcpemu"
@@ -35,6 +36,7 @@ type AppRecord struct {
 	Spool            int            `cbor:"18,keyasint,omitempty"`
 	WakeFull         bool           `cbor:"19,keyasint,omitempty"`
 	Heartbeats       []Heartbeat    `cbor:"20,keyasint,omitempty"`
+	Boundary         string         `cbor:"21,keyasint,omitempty"`
 }
 
 // ConnRecord is what of a connection must outlive the filter while its
@@ -98,6 +100,9 @@ type ConnRecord struct {
 	Own     []byte       `cbor:"48,keyasint,omitempty"`
 	OwnEnd  seqnum.Value `cbor:"49,keyasint,omitempty"`
 	Chunks  []Chunk      `cbor:"-"` // of the spool, in entries of their own
+
+	Bound   seqnum.Value `cbor:"50,keyasint,omitempty"`
+	Bounded bool         `cbor:"51,keyasint,omitempty"`
 }
 
 // Record is one thing to be kept: an application, a connection, or, where both
@@ -187,7 +192,7 @@ func (a *app) record() *AppRecord {
 	return &AppRecord{
 		Name: a.name, VIPs: a.vips, Include: a.include, Exclude: a.exclude, Outgoing: a.outgoing,
 		IncludeAddresses: a.includeNets, ExcludeAddrs: a.excludeNets, State: state, SnapshotID: id,
-		Listen: a.listen, Quiet: a.quiet, Sealed: a.sealed, PassCloses: a.passCloses, Wake: a.wake, AbortOnData: a.abortOnData,
+		Listen: a.listen, Quiet: a.quiet, Sealed: a.sealed, PassCloses: a.passCloses, Wake: a.wake, AbortOnData: a.abortOnData, Boundary: a.boundary.String(),
 		Spool: a.spool, WakeFull: a.wakeFull, Heartbeats: a.heartbeats,
 		BytesIn: a.bytesIn, BytesOut: a.bytesOut,
 	}
@@ -207,6 +212,7 @@ func (c *conn) record() *ConnRecord {
 		FinIn: c.finIn, FinOut: c.finOut, RemoteFirst: c.remoteFirst, FinOwed: c.finOwed, Hole: c.hole, FinInEnd: c.finInEnd, FinOutEnd: c.finOutEnd,
 		HsIRS: c.hsIRS, Translated: c.translated, Tr: c.tr, CloseWait: c.closeWait, Shut: c.shut,
 		Spooled: c.spooled, KeptAt: c.keptAt, KeptFin: c.spooled && c.keptFin, Closed: c.spooled && ep.Closed, Own: c.own, OwnEnd: c.ownEnd,
+		Bound: c.bound, Bounded: c.bounded,
 	}
 }
 
@@ -249,6 +255,9 @@ func (e *Engine) loadApp(r *AppRecord) {
 	e.enter(a)
 	a.state = r.State
 	a.before = r.State
+	if r.State == appstate.SnapshotFreeze {
+		a.boundary = boundary.Named(r.Boundary)
+	}
 }
 
 func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bool, fx *Effects) {
@@ -276,6 +285,10 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	c.saved, c.reloaded = true, true
 	e.setPort(c, r.Tr.Port)
 	e.loadSpool(now, c, r)
+	if c.scan != nil {
+		c.scan.seen = true // nobody knows what passed since
+		c.bound, c.bounded = r.Bound, r.Bounded
+	}
 	if c.translated {
 		a.translated++
 		e.flows[flowKey{c.id.Remote, c.id.Local.Addr()}]++

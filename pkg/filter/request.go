@@ -31,8 +31,10 @@ type (
 		App      string
 		Sockets  []Socket
 		Listen   []uint16
-		Timeout  Time // for learning, default 2 s
-		LeaveOut bool // reset what cannot be learned instead of refusing
+		Timeout  Time   // for learning, default 2 s
+		LeaveOut bool   // reset what cannot be learned instead of refusing
+		Boundary string // of the freeze that follows: what remotes say is followed from now on
+		Quiet    Time   // of the freeze, default 50 ms
 	}
 	// Adopt makes connections known that are older than the filter, and forgets
 	// translated ones whose local socket is gone.
@@ -45,8 +47,8 @@ type (
 	// SnapshotFreeze stops payload towards the application.
 	SnapshotFreeze struct {
 		App string
-		// "turn"; or "now", which may be repeated: connections that have not
-		// reached their boundary are frozen where they stand.
+		// "turn", "line" or "resp"; or "now", which may be repeated: connections that
+		// have not reached their boundary are frozen where they stand.
 		Boundary string
 		Quiet    Time // default 50 ms
 		// The caller seals before it stops the application: until then a FIN

@@ -98,7 +98,7 @@ func (e *Engine) frozenOut(now Time, c *conn, p *Packet, fx *Effects) {
 		fx.send(&sp, false)
 		fx.drop(FrozenPass)
 	}
-	if c.last == localSpoke && !c.frozen && c.role == appstate.Passive {
+	if c.last == localSpoke && !c.frozen && c.role == appstate.Passive && c.scan == nil {
 		c.freeze()
 	}
 }

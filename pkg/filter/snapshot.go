@@ -7,10 +7,15 @@ import (
 	"slices"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/boundary"
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
 )
 
 func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, fx *Effects) (any, error, bool) {
+	kind, err := boundaryOf(b.Boundary)
+	if err != nil {
+		return nil, err, false
+	}
 	a.set(appstate.SnapshotStart, fx, "snapshot announced")
 	a.setVIP(fx, true, SetActive, SetFull)
 	a.sealed, a.wake, a.wakeAt = false, false, 0
@@ -18,6 +23,8 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 		a.listen = slices.Clone(b.Listen)
 	}
 	a.asked, a.askNext, a.since = 0, 0, now
+	a.quiet = cmp.Or(b.Quiet, defaultQuiet)
+	a.followAll(kind)
 	for _, c := range a.conns {
 		c.asking = false
 		c.prepare(now)
@@ -43,13 +50,17 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 }
 
 func (e *Engine) snapshotFreeze(now Time, b *SnapshotFreeze, a *app, fx *Effects) (any, error) {
-	if b.Boundary != "" && b.Boundary != "turn" && b.Boundary != boundaryNow {
-		return nil, fmt.Errorf("%w: boundary %q is not built yet; use \"turn\"", ErrInvalid, b.Boundary)
+	kind, err := boundaryOf(b.Boundary)
+	if err != nil {
+		return nil, err
+	}
+	if kind != a.boundary {
+		a.followLate(kind)
 	}
 	a.set(appstate.SnapshotFreeze, fx, "freezing")
 	a.setVIP(fx, true, SetAway)
 	a.setVIP(fx, false, SetFull)
-	a.quiet = cmp.Or(b.Quiet, 50e6)
+	a.quiet = cmp.Or(b.Quiet, defaultQuiet)
 	a.froze, a.passCloses, a.abortOnData = now, b.PassCloses, b.AbortOnData
 	a.spool, a.wakeFull, a.heartbeats = max(b.Spool, 0), b.WakeFull, slices.Clone(b.Heartbeats)
 	if b.Boundary == boundaryNow {
@@ -64,6 +75,19 @@ func (e *Engine) snapshotFreeze(now Time, b *SnapshotFreeze, a *app, fx *Effects
 }
 
 const boundaryNow = "now"
+
+// boundaryOf is what of a remote's words has to be followed for a boundary of
+// that name.
+func boundaryOf(word string) (boundary.Kind, error) {
+	k := boundary.Named(word)
+	if k == boundary.None && word != "" && word != "turn" && word != boundaryNow {
+		return k, fmt.Errorf("%w: boundary %q is none of turn, line, resp and now", ErrInvalid, word)
+	}
+	return k, nil
+}
+
+// defaultQuiet is the silence that counts as finished.
+const defaultQuiet = 50e6
 
 // freezeAll freezes what has not reached its boundary.
 func (a *app) freezeAll() {
@@ -108,6 +132,7 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 		e.openHeld(c, fx)
 	}
 	e.beats(now, a)
+	a.followAll(boundary.None)
 	a.wake = a.wake && a.keptWakes() || a.anyFin()
 	if a.wake {
 		a.wakeTries = 0
@@ -209,6 +234,7 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 	}
 	a.setVIP(fx, false, SetFull, SetAway)
 	a.sealed, a.wake, a.wakeAt = false, false, 0
+	a.followAll(boundary.None)
 	a.set(appstate.Restored, fx, why)
 	a.settle(fx)
 	e.handSyns(now, a, fx)
@@ -236,8 +262,13 @@ func (e *Engine) handBack(now Time, c *conn, fx *Effects) {
 	e.at(c.redoAt)
 }
 
-// trimKept drops what of the kept octets local has taken by other ways.
+// trimKept drops what of the kept octets local has taken by other ways, and what
+// lies behind a hole that nobody fills any more: its remote sends it again.
 func (e *Engine) trimKept(c *conn) {
+	if c.kept != nil && c.ep.RcvNxt.Less(c.keptAt) && c.app.state == appstate.SnapshotDone {
+		e.unkeep(c)
+		return
+	}
 	if c.kept == nil && !c.keptFin || !c.keptAt.Less(c.ep.RcvNxt) || c.finOwed || c.spooled {
 		return
 	}

@@ -26,6 +26,9 @@ type stream struct {
 	held   int  // snapshots that came to their end
 	life   int  // how soon the remote closes
 	calm   bool // nothing is lost
+	lines  bool // snapshots with boundary "line"
+	taken  int  // octets that local had at SNAPSHOTSTART
+	cut    int  // snapshots that were taken in between lines
 }
 
 func (s *stream) play(format string, a ...any) {
@@ -53,7 +56,13 @@ func (s *stream) play(format string, a ...any) {
 	}
 }
 
-func octet(i int) byte { return 'a' + byte(i%26) }
+// octet i of each stream: lines of different length.
+func octet(i int) byte {
+	if i%26 == 9 || i%26 == 25 {
+		return '\n'
+	}
+	return 'a' + byte(i%26)
+}
 
 // say sends n octets from offset at of an end that has sent have so far.
 func (s *stream) say(end string, have, at, n int) {
@@ -154,12 +163,18 @@ func (s *stream) run(cycles int) {
 			s.localSays()
 		}
 		s.settle()
-		s.play("request SNAPSHOTSTART")
+		boundary := ""
+		if s.lines = s.r.IntN(2) == 0; s.lines {
+			boundary = " line"
+		}
+		s.play("request SNAPSHOTSTART%s", boundary)
+		local, _ := s.w.Taken("c1")
+		s.taken = len(local)
 		for range s.r.IntN(4) {
 			s.remoteSays()
 			s.localSays()
 		}
-		s.play("request SNAPSHOTFREEZE")
+		s.play("request SNAPSHOTFREEZE%s", boundary)
 		for range s.r.IntN(6) {
 			s.remoteSays()
 			if s.r.IntN(3) == 0 {
@@ -216,6 +231,12 @@ func (s *stream) hold() {
 		return
 	}
 	s.held++
+	if local, _ := s.w.Taken("c1"); s.lines && len(local) > s.taken && s.fin == 0 {
+		if octet(len(local)-1) != '\n' {
+			s.t.Fatalf("the snapshot was taken in the middle of a line, at octet %d\n%s", len(local), s.script.String())
+		}
+		s.cut++
+	}
 	for {
 		for range s.r.IntN(8) {
 			s.remoteSays()
@@ -258,13 +279,16 @@ func (s *stream) localSays() {
 // and in order, nothing is acknowledged that local has not taken, and no octet
 // is lost.
 func TestStreams(t *testing.T) {
-	held := 0
+	held, cut := 0, 0
 	for seed := range uint64(300) {
 		s := &stream{t: t, w: filtertest.New(), r: rand.New(rand.NewPCG(seed, 1))}
 		s.run(4)
-		held += s.held
+		held, cut = held+s.held, cut+s.cut
 	}
 	if held < 300 {
 		t.Errorf("only %d snapshots came to their end", held)
+	}
+	if cut < 30 {
+		t.Errorf("only %d snapshots were taken at the end of a line", cut)
 	}
 }

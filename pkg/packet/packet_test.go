@@ -259,6 +259,28 @@ func TestSettersKeepChecksum(t *testing.T) {
 	}
 }
 
+func TestTrim(t *testing.T) {
+	for _, sp := range specs() {
+		whole := sp.Build(make([]byte, sp.Size()))
+		for n := range len(sp.Payload) + 1 {
+			b := bytes.Clone(whole)
+			var s, again Segment
+			s.Parse(b)
+			s.Trim(n)
+			if f := again.Parse(s.Raw()); f != OK || !again.ChecksumOK() || !bytes.Equal(again.Payload(), sp.Payload[:n]) ||
+				again.Flags != sp.Flags&^FIN || again.Seq != sp.Seq || again.Ack != sp.Ack || s.PayloadLen() != n || s.Flags != again.Flags {
+				t.Fatalf("%+v cut to %d: %v, reads back as %+v", sp, n, f, again)
+			}
+			if again.v6 {
+				continue
+			}
+			if sum := Sum(b[:again.l4], 0); sum != 0xffff {
+				t.Errorf("%+v cut to %d: wrong checksum of the IPv4 header", sp, n)
+			}
+		}
+	}
+}
+
 // odd is a segment with a one-octet NOP before timestamps and SACK, so that
 // both stand at odd offsets.
 func odd() []byte {

@@ -329,6 +329,23 @@ func (s *Segment) ClearFIN() {
 	s.set16(12, binary.BigEndian.Uint16(s.raw[s.l4+12:])&^FIN)
 }
 
+// Trim cuts the payload to its first n octets. What is cut away may have held a
+// FIN, which goes too. The checksum is computed afresh.
+func (s *Segment) Trim(n int) {
+	s.end = s.dataOff + n
+	s.Flags &^= FIN
+	s.raw[s.l4+13] &^= FIN
+	if s.v6 {
+		binary.BigEndian.PutUint16(s.raw[4:], uint16(s.end-40))
+	} else {
+		check := binary.BigEndian.Uint16(s.raw[10:])
+		check = update16(check, binary.BigEndian.Uint16(s.raw[2:]), uint16(s.end))
+		binary.BigEndian.PutUint16(s.raw[2:], uint16(s.end))
+		binary.BigEndian.PutUint16(s.raw[10:], check)
+	}
+	s.FillChecksum()
+}
+
 // SetSrcPort writes the source port.
 func (s *Segment) SetSrcPort(p uint16) {
 	s.Src = netip.AddrPortFrom(s.Src.Addr(), p)

@@ -89,7 +89,7 @@ func matchAny(patterns []string, name string) bool {
 
 var (
 	edges = []string{"internal/nfq", "internal/inject", "internal/rules", "internal/offload", "internal/sockdiag", "internal/vip", "internal/journal", "internal/connhook"}
-	pure  = []string{"pkg/seqnum", "pkg/packet", "pkg/rewrite", "pkg/tcpemu", "pkg/appstate", "pkg/filter"}
+	pure  = []string{"pkg/seqnum", "pkg/packet", "pkg/rewrite", "pkg/tcpemu", "pkg/appstate", "pkg/boundary", "pkg/filter"}
 )
 
 // forbidden are imports that a package must not have itself.
@@ -106,6 +106,7 @@ var forbidden = []struct {
 	{[]string{"pkg/packet"}, []string{"pkg/...", "internal/..."}, []string{"pkg/seqnum"}, "views over bytes know only numbers"},
 	{[]string{"pkg/rewrite", "pkg/tcpemu"}, []string{"pkg/...", "internal/..."}, []string{"pkg/seqnum", "pkg/packet"}, "translation and emulation are joined by the filter alone"},
 	{[]string{"pkg/appstate"}, []string{"pkg/...", "internal/..."}, []string{"pkg/seqnum", "pkg/packet"}, "states do not know how packets are answered"},
+	{[]string{"pkg/boundary"}, []string{"pkg/...", "internal/..."}, nil, "what a stream means follows from its octets alone"},
 	{[]string{"pkg/filter", "pkg/filter/*"}, []string{"pkg/...", "internal/..."}, append([]string{"pkg/filter"}, pure...), "the engine decides; control and edges are the driver's"},
 	{[]string{"pkg/..."}, []string{"internal/..."}, []string{"internal/sockdiag", "internal/vip", "internal/connhook"}, "what others may import must not need the edges of the filter"},
 	{[]string{"pkg/control", "pkg/config"}, []string{"internal/..."}, nil, "clients and tools use these without any edge"},

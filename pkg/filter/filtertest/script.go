@@ -42,11 +42,13 @@ import (
 //	                                         translated flows has lost that of NAME
 //	request WORDS...                         as in ckptctl ioctl, GETCONNINFO too; besides
 //	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
-//	                                         ADOPT stale NAME,
-//	                                         SNAPSHOTFREEZE pass-closes, abort-on-data or a boundary,
-//	                                         RESTORECONN NAME... [activate]; SNAPSHOTFREEZE
-//	                                         takes spool=N, wake=full, heartbeat=MATCH>REPLY,
-//	                                         beat=SEND@INTERVAL, beat-closed=SEND@INTERVAL
+//	                                         ADOPT stale NAME, SNAPSHOTSTART line|resp
+//	                                         or line NAME, whose socket shows 2 s of silence;
+//	                                         NAME!: from before its remote's last octet,
+//	                                         SNAPSHOTFREEZE pass-closes, abort-on-data and a boundary,
+//	                                         spool=N, wake=full, heartbeat=MATCH>REPLY,
+//	                                         beat=SEND@INTERVAL, beat-closed=SEND@INTERVAL;
+//	                                         RESTORECONN NAME... [activate]
 //
 // Flags are joined by +, e.g. ACK or FIN+ACK. Numbers are relative: seq to the
 // next octet of that end, ack to what it has received. A segment in order moves
@@ -399,6 +401,8 @@ func (w *World) arrive(l *link, fromRemote bool) {
 			other.got = append(other.got, s.Payload()...)
 		}
 		other.rcv = s.End()
+	} else if other.rcv.Less(s.Seq) && s.PayloadLen() > 0 {
+		other.ahead = []seqnum.Value{s.Seq, s.End()}
 	}
 }
 
@@ -416,6 +420,9 @@ func (w *World) requestLine(f []string) error {
 	switch f[0] {
 	case "SNAPSHOTSTART":
 		r := &filter.SnapshotStart{App: app, Listen: []uint16{6379}, LeaveOut: arg(1) == "leave-out"}
+		if arg(1) == "line" || arg(1) == "resp" {
+			r.Boundary = arg(1)
+		}
 		if arg(1) != "blind" {
 			r.Sockets = w.sockets(arg(1), arg(2))
 		}
@@ -434,12 +441,8 @@ func (w *World) requestLine(f []string) error {
 		}
 		w.request(r)
 	case "SNAPSHOTFREEZE":
-		r := &filter.SnapshotFreeze{App: app, PassCloses: arg(1) == "pass-closes", AbortOnData: arg(1) == "abort-on-data"}
-		words := f[1:]
-		if r.PassCloses || r.AbortOnData {
-			words = f[2:]
-		}
-		for _, word := range words {
+		r := &filter.SnapshotFreeze{App: app}
+		for _, word := range f[1:] {
 			if err := freezeWord(r, word); err != nil {
 				return err
 			}
@@ -492,12 +495,20 @@ func (w *World) sockets(how, name string) []filter.Socket {
 		if idle < 24*3600e9 { // shorter times do not matter to any scenario
 			idle = 0
 		}
+		sent := filter.Time(0)
+		took := uint64(l.local.rcv.Size(l.remote.iss.Add(1)))
+		if how == "line" && strings.TrimSuffix(name, "!") == l.name {
+			idle, sent = 2e9, 2e9
+			if l.name != name {
+				took--
+			}
+		}
 		out = append(out, filter.Socket{
-			LastRecv:    idle,
+			LastRecv: idle, LastSent: sent,
 			ID:          filter.ConnID{Local: l.own, Remote: l.raddr},
 			Established: true, CloseWait: l.remote.fin && l.local.rcv == l.remote.nxt, Passive: !l.active, HasInfo: true,
 			TS: l.ts, SACK: l.sack, WScale: l.scale >= 0, RemoteScale: uint8(max(l.scale, 0)), LocalScale: l.lscale,
-			SndMSS: 1448, BytesReceived: uint64(l.local.rcv.Size(l.remote.iss.Add(1))),
+			SndMSS: 1448, BytesReceived: took,
 			BytesAcked: uint64(l.remote.rcv.Size(l.remote.rcvBase().Add(1))),
 		})
 	}

@@ -17,7 +17,14 @@ import (
 // freezeWord reads one of SNAPSHOTFREEZE's words.
 func freezeWord(r *filter.SnapshotFreeze, word string) error {
 	key, value, ok := strings.Cut(word, "=")
-	if !ok {
+	switch {
+	case word == "pass-closes":
+		r.PassCloses = true
+		return nil
+	case word == "abort-on-data":
+		r.AbortOnData = true
+		return nil
+	case !ok:
 		r.Boundary = word
 		return nil
 	}
@@ -112,11 +119,12 @@ func ipLen(b []byte) int {
 	return 20
 }
 
-// withSACK rebuilds b with one SACK block in front of the other options.
-func withSACK(b []byte, left, right seqnum.Value) []byte {
-	o := []byte{1, 1, 5, 10, 11: 0}
-	binary.BigEndian.PutUint32(o[4:], uint32(left))
-	binary.BigEndian.PutUint32(o[8:], uint32(right))
+// withSACK rebuilds b with SACK blocks, by their edges, in front of the other options.
+func withSACK(b []byte, edges ...seqnum.Value) []byte {
+	o := []byte{1, 1, 5, byte(2 + 4*len(edges))}
+	for _, e := range edges {
+		o = binary.BigEndian.AppendUint32(o, uint32(e))
+	}
 	return withOption(b, o)
 }
 

@@ -6,6 +6,7 @@ package filtertest
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,8 +24,9 @@ type end struct {
 	got      []byte       // what it has taken
 	ts       uint32
 	seenAt   filter.Time
-	at       filter.Time // when it took octets last, or began
-	seen     uint32      // newest TSval that it took (TS.Recent), which it echoes
+	at       filter.Time    // when it took octets last, or began
+	ahead    []seqnum.Value // the edges of what came last behind a hole
+	seen     uint32         // newest TSval that it took (TS.Recent), which it echoes
 	win      uint16
 	fin      bool // it has closed
 }
@@ -181,14 +183,20 @@ func (w *World) effects() {
 	}
 	w.fx.Reset()
 	var taken []func()
-	for _, b := range sends { // what local says to them comes behind all of them
-		if f := w.sent(b); f != nil {
+	for i, b := range sends { // what local says to them comes behind all of them
+		if f := w.sent(b, sends[i+1:]); f != nil {
 			taken = append(taken, f)
 		}
 	}
 	for _, f := range taken {
 		f()
 	}
+}
+
+// isFor tells whether segment b is for the remote of l.
+func (w *World) isFor(l *link, b []byte) bool {
+	var s packet.Segment
+	return s.Parse(b) == packet.OK && s.Src == l.laddr && s.Dst == l.raddr
 }
 
 var setNames = [...]string{"vip", "full", "away", "active", "skip", "flow"}
@@ -237,8 +245,9 @@ func (w *World) reply(r filter.Reply) {
 }
 
 // sent prints an injected segment, and returns how the local stack takes one
-// that is for it.
-func (w *World) sent(b []byte) func() {
+// that is for it. An ask is answered at once if none of the later segments is for
+// its connection's remote.
+func (w *World) sent(b []byte, later [][]byte) func() {
 	var s packet.Segment
 	if f := s.Parse(b); f != packet.OK || !s.ChecksumOK() {
 		w.fail(fmt.Sprintf("a sent segment is broken: %v", f))
@@ -247,7 +256,11 @@ func (w *World) sent(b []byte) func() {
 	if l := w.byOwn[filter.ConnID{Local: s.Dst, Remote: s.Src}]; l != nil {
 		if ask := s.PayloadLen() == 1 && l.local.rcv.Size(s.Seq) > 1<<29; ask {
 			w.printf("    ask %s\n", l.name)
-			if !w.silent {
+			switch {
+			case w.silent:
+			case slices.ContainsFunc(later, func(b []byte) bool { return w.isFor(l, b) }):
+				return func() { w.answerAsk(l, s.Seq) }
+			default:
 				w.answerAsk(l, s.Seq)
 			}
 			return nil
@@ -293,7 +306,11 @@ func (w *World) answerAsk(l *link, left seqnum.Value) {
 	}
 	b := w.segment(l, false, flags, 0, 0, nil, nil)
 	if l.sack {
-		b = withSACK(b, left, left.Add(1))
+		blocks := []seqnum.Value{left, left.Add(1)}
+		if a := l.local.ahead; a != nil && l.local.rcv.Less(a[0]) { // RFC 2018 section 4
+			blocks = append(blocks, a...)
+		}
+		b = withSACK(b, blocks...)
 	}
 	w.deliver(w.hook(), b)
 }

@@ -775,7 +775,11 @@ type SnapshotStartRequest struct {
 	// How long to wait for every connection to be learned, ms; 0: 2000.
 	LearnTimeoutMs int64 `protobuf:"varint,4,opt,name=learn_timeout_ms,json=learnTimeoutMs,proto3" json:"learn_timeout_ms,omitempty"`
 	// Leave out and reset what cannot be learned instead of refusing.
-	LeaveOut      bool `protobuf:"varint,5,opt,name=leave_out,json=leaveOut,proto3" json:"leave_out,omitempty"`
+	LeaveOut bool `protobuf:"varint,5,opt,name=leave_out,json=leaveOut,proto3" json:"leave_out,omitempty"`
+	// The boundary and the silence of the SNAPSHOTFREEZE that follows: for "line"
+	// and "resp" what remotes say is followed from now on.
+	Boundary      string `protobuf:"bytes,6,opt,name=boundary,proto3" json:"boundary,omitempty"`
+	QuietMs       int64  `protobuf:"varint,7,opt,name=quiet_ms,json=quietMs,proto3" json:"quiet_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -843,6 +847,20 @@ func (x *SnapshotStartRequest) GetLeaveOut() bool {
 		return x.LeaveOut
 	}
 	return false
+}
+
+func (x *SnapshotStartRequest) GetBoundary() string {
+	if x != nil {
+		return x.Boundary
+	}
+	return ""
+}
+
+func (x *SnapshotStartRequest) GetQuietMs() int64 {
+	if x != nil {
+		return x.QuietMs
+	}
+	return 0
 }
 
 type LearnReply struct {
@@ -916,8 +934,8 @@ func (x *LearnReply) GetUnlearned() []string {
 type SnapshotFreezeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	App   string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
-	// "turn"; or "now", also once more while frozen: what has not reached its
-	// boundary yet is frozen where it stands.
+	// "turn", "line" or "resp"; or "now", also once more while frozen: what has not
+	// reached its boundary yet is frozen where it stands.
 	Boundary string `protobuf:"bytes,2,opt,name=boundary,proto3" json:"boundary,omitempty"`
 	QuietMs  int64  `protobuf:"varint,3,opt,name=quiet_ms,json=quietMs,proto3" json:"quiet_ms,omitempty"`
 	// The caller sends SEAL before it stops the application. Until then a FIN or
@@ -3052,13 +3070,15 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x18\n" +
 	"\aadopted\x18\x03 \x01(\rR\aadopted\x12\x1c\n" +
-	"\tforgotten\x18\x04 \x01(\rR\tforgotten\"\xc5\x01\n" +
+	"\tforgotten\x18\x04 \x01(\rR\tforgotten\"\xfc\x01\n" +
 	"\x14SnapshotStartRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x121\n" +
 	"\asockets\x18\x02 \x03(\v2\x17.nfconnfilter.v1.SocketR\asockets\x12!\n" +
 	"\flisten_ports\x18\x03 \x03(\rR\vlistenPorts\x12(\n" +
 	"\x10learn_timeout_ms\x18\x04 \x01(\x03R\x0elearnTimeoutMs\x12\x1b\n" +
-	"\tleave_out\x18\x05 \x01(\bR\bleaveOut\"l\n" +
+	"\tleave_out\x18\x05 \x01(\bR\bleaveOut\x12\x1a\n" +
+	"\bboundary\x18\x06 \x01(\tR\bboundary\x12\x19\n" +
+	"\bquiet_ms\x18\a \x01(\x03R\aquietMs\"l\n" +
 	"\n" +
 	"LearnReply\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +

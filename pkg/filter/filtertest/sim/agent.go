@@ -30,6 +30,7 @@ type agent struct {
 	adoptAt  int64
 	every    time.Duration // between two looks at the sockets
 	snap     int
+	cut      bool // the snapshot under way was forced
 }
 
 func (a *agent) run(script func()) {

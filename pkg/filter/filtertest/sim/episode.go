@@ -18,12 +18,16 @@ func (a *agent) snapshot() bool {
 	w := a.w
 	w.rep.Snapshots++
 	start := &filter.SnapshotStart{App: app, Sockets: []filter.Socket{}, Listen: []uint16{port}}
+	if a.chance(4) { // the octets of the streams are no lines, but one in 256 ends one
+		start.Boundary = "line"
+	}
 	for _, i := range w.server.sockets() {
 		if i.state != tcp.StateTimeWait && i.state != tcp.StateSynRecv {
 			start.Sockets = append(start.Sockets, i.Socket)
 		}
 	}
 	a.soon()
+	had := w.inStep()
 	if _, err := a.request(start); err != nil {
 		var refused *filter.Error
 		if errors.As(err, &refused) && len(refused.Conns) > 0 {
@@ -32,7 +36,7 @@ func (a *agent) snapshot() bool {
 		return a.giveUp()
 	}
 	a.soon()
-	freeze := &filter.SnapshotFreeze{App: app, Quiet: 1e6 + a.r.Int64N(50e6), PassCloses: true, AbortOnData: a.chance(10)}
+	freeze := &filter.SnapshotFreeze{App: app, Boundary: start.Boundary, Quiet: 1e6 + a.r.Int64N(50e6), PassCloses: true, AbortOnData: a.chance(10)}
 	if a.giveUpNow() {
 		return a.giveUp()
 	}
@@ -45,6 +49,10 @@ func (a *agent) snapshot() bool {
 	}
 	if !a.settle() || a.giveUpNow() {
 		return a.giveUp()
+	}
+	if start.Boundary != "" {
+		w.rep.AtLines++
+		w.atLines(had)
 	}
 	a.soon() // the snapshot is stored as far as it is known
 	if _, err := a.insist(&filter.Seal{App: app}); err != nil {
@@ -64,6 +72,38 @@ func (a *agent) snapshot() bool {
 		w.fail("SNAPSHOTDONE after a clean account: %v", err)
 	}
 	return true
+}
+
+// inStep gives how many octets the server has of each client that it has
+// everything of.
+func (w *world) inStep() map[*client]uint64 {
+	had := map[*client]uint64{}
+	for _, c := range w.clients {
+		switch {
+		case c.s == nil && c.sent == 0:
+			had[c] = 0
+		case c.s != nil && c.s.got == c.sent:
+			had[c] = c.sent
+		}
+	}
+	return had
+}
+
+// atLines checks that the server, which is to be ended, has whole lines of each
+// client that has spoken since had was taken, but where it was told so by force
+// or the client has closed.
+func (w *world) atLines(had map[*client]uint64) {
+	for _, c := range w.clients {
+		s := c.s
+		before, ok := had[c]
+		if !ok || s == nil || w.agent.cut || c.shut || c.aborted || s.closed || s.got == before {
+			continue
+		}
+		w.rep.Lines++
+		if octet(c.plan.salt, s.got-1) != '\n' {
+			w.fail("client %d (%v) was frozen in the middle of a line, at octet %d, %d before the snapshot", c.id, c.addr, s.got, before)
+		}
+	}
 }
 
 // lastWords notes of which connections a FIN of local, which the remote has not
@@ -130,12 +170,12 @@ func (a *agent) unseal() bool {
 func (a *agent) settle() bool {
 	w := a.w
 	deadline := w.clk.time() + int64(logDuration(a.r, 50*time.Millisecond, 8*time.Second))
-	cut := false
+	a.cut = false
 	for {
 		missing := a.drain(deadline)
-		if len(missing) > 0 && !cut && !w.opt.NoForce && a.chance(3) {
+		if len(missing) > 0 && !a.cut && !w.opt.NoForce && a.chance(3) {
 			w.trace.note("cut")
-			cut = true
+			a.cut = true
 			if _, err := a.insist(&filter.SnapshotFreeze{App: app, Boundary: "now", PassCloses: true}); err != nil {
 				return false
 			}

@@ -76,6 +76,8 @@ type Report struct {
 	Clients, Packets, Injected, Dropped     int
 	Lost, Duplicated, Reordered, Corrupted  int
 	Snapshots, SnapshotAborts, Refused      int
+	Lines                                   int // connections of those that froze behind one
+	AtLines                                 int // snapshots with boundary "line" that were taken
 	Restores, RestoreAborts, Crashes, Wakes int
 	Reboots                                 int
 	DroppedDown, Outsiders, Again           int // connections from a port that was used before
