@@ -62,7 +62,7 @@ func sessions(t *testing.T, ns *testnet.NS, server, vip string) []string {
 }
 
 // TestOutgoingPool: the connections that an application has opened to a server
-// on another machine are kept too, while it is away and when it comes back,
+// on another machine, with bind_vip and no word of its own about addresses, are kept too, while it is away and when it comes back,
 // twice: the server has the same ones all the time, and sees no SYN.
 func TestOutgoingPool(t *testing.T) {
 	n := newNode(t, harness.Options{Name: "pool"})
@@ -84,7 +84,8 @@ func TestOutgoingPool(t *testing.T) {
 	}
 	must(t, harness.Wait(reply, "the server answers", func() bool { return cli("set", "k", "v0") == nil }))
 	must(t, n.WriteApp(placed(harness.App{Name: "pool", VIP: vip, Ports: []int{7000},
-		Start: []string{filepath.Join(toolDir, "pool"), "-listen", at(7000), "-server", server, "-size", fmt.Sprint(poolSize)}})))
+		Start: []string{filepath.Join(toolDir, "pool"), "-listen", at(7000), "-server", server, "-size", fmt.Sprint(poolSize), "-bind=false"},
+		Process: "bind_vip = true"})))
 	must(t, n.Up())
 	must(t, n.Ctl("start", "pool").Err())
 	conn, err := n.Dial(at(7000))
