@@ -84,7 +84,7 @@ func TestOutgoingPool(t *testing.T) {
 	}
 	must(t, harness.Wait(reply, "the server answers", func() bool { return cli("set", "k", "v0") == nil }))
 	must(t, n.WriteApp(placed(harness.App{Name: "pool", VIP: vip, Ports: []int{7000},
-		Start: []string{filepath.Join(toolDir, "pool"), "-listen", at(7000), "-server", server, "-size", fmt.Sprint(poolSize), "-bind=false"},
+		Start:   []string{filepath.Join(toolDir, "pool"), "-listen", at(7000), "-server", server, "-size", fmt.Sprint(poolSize), "-bind=false"},
 		Process: "bind_vip = true"})))
 	must(t, n.Up())
 	must(t, n.Ctl("start", "pool").Err())
