@@ -65,6 +65,11 @@ func sessions(t *testing.T, ns *testnet.NS, server, vip string) []string {
 // on another machine, with bind_vip and no word of its own about addresses, are kept too, while it is away and when it comes back,
 // twice: the server has the same ones all the time, and sees no SYN.
 func TestOutgoingPool(t *testing.T) {
+	t.Parallel()
+	outgoingPool(t)
+}
+
+func outgoingPool(t *testing.T) {
 	n := newNode(t, harness.Options{Name: "pool"})
 	host := n.Net.ClientAddr().String()
 	if overIPv6() {

@@ -172,7 +172,9 @@ func behindFirewall(t *testing.T, app harness.App, rules ...string) {
 // TestDrainTimeoutAborts: a remote that never pauses keeps its connection from
 // its boundary.
 func TestDrainTimeoutAborts(t *testing.T) {
-	n, load := redisUp(t, harness.Options{Name: "drain"}, 20)
+	app := harness.Redis("redis", vip)
+	app.Checkpoint = `quiet = "1s"` // longer than a busy machine keeps the writer from writing
+	n, load := redisUp(t, harness.Options{Name: "drain", Apps: []harness.App{app}}, 20)
 	busy, err := clients.DialRaw(n.Dial, at(6379))
 	must(t, err)
 	defer busy.Close()
@@ -199,7 +201,7 @@ func TestDrainTimeoutAborts(t *testing.T) {
 			sent++
 		}
 	}()
-	r := n.Ctl("snapshot", "redis", "--drain-timeout", "2s")
+	r := n.Ctl("snapshot", "redis", "--drain-timeout", "3s")
 	if r.Code != 1 {
 		t.Errorf("exit %d, want 1: %s %s", r.Code, r.Stdout, r.Stderr)
 	}

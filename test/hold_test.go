@@ -55,6 +55,7 @@ func cycles(t *testing.T, n *harness.Node, load *clients.Load) {
 }
 
 func TestRedisHoldAndWake(t *testing.T) {
+	t.Parallel() // what mostly waits waits together, once all other tests are done
 	n, load := redisUp(t, harness.Options{Name: "hold"}, 1000)
 	cycles(t, n, load)
 }
@@ -62,6 +63,11 @@ func TestRedisHoldAndWake(t *testing.T) {
 // TestKeepaliveStrict is the same where every client gives up after three
 // unanswered seconds.
 func TestKeepaliveStrict(t *testing.T) {
+	t.Parallel()
+	keepaliveStrict(t)
+}
+
+func keepaliveStrict(t *testing.T) {
 	n, load := redisUp(t, harness.Options{Name: "strict"}, 1000, clients.Strictest)
 	cycles(t, n, load)
 }

@@ -11,7 +11,7 @@ var everywhere = []struct {
 	name string
 	test func(*testing.T)
 }{
-	{"KeepaliveStrict", TestKeepaliveStrict}, {"BulkWriters", TestBulkWriters}, // of the holds the strict one
+	{"KeepaliveStrict", keepaliveStrict}, {"BulkWriters", TestBulkWriters}, // of the holds the strict one
 	{"SnapshotUnderTraffic", TestSnapshotUnderTraffic}, {"SnapshotWithLoss", TestSnapshotWithLoss},
 	{"NginxKeepalive", TestNginxKeepalive}, {"SmallSegmentChecksums", TestSmallSegmentChecksums},
 	{"DrainTimeoutAborts", TestDrainTimeoutAborts}, {"StartFails", TestStartFails},
@@ -22,7 +22,7 @@ var everywhere = []struct {
 	{"SetsFlushed", TestSetsFlushed},
 	{"FilterCrash", func(t *testing.T) { filterCrash(t, gated(), 500*time.Millisecond) }},
 	{"FilterTerminated", TestFilterTerminated}, {"Reboot", TestReboot}, {"Adopted", TestAdopted},
-	{"OutgoingPool", TestOutgoingPool}, {"Heartbeats", TestHeartbeats}, {"Spool", TestSpool},
+	{"OutgoingPool", outgoingPool}, {"Heartbeats", heartbeats}, {"Spool", spool},
 }
 
 // onNode are those of the application's place on the node itself.

@@ -52,6 +52,11 @@ func said(c net.Conn, p, want string, timeout time.Duration) error {
 // TestHeartbeats: clients ask every half second whether the server lives, and are
 // answered without waking it; the next request is answered right.
 func TestHeartbeats(t *testing.T) {
+	t.Parallel()
+	heartbeats(t)
+}
+
+func heartbeats(t *testing.T) {
 	n := newNode(t, harness.Options{Name: "beat", Apps: []harness.App{beating("match = \"PING\\r\\n\"\nreply = \"+PONG\\r\\n\"\n")}})
 	must(t, n.Up())
 	var all []net.Conn
@@ -95,6 +100,7 @@ func TestHeartbeats(t *testing.T) {
 // TestHeartbeatsSent: clients that give up when they hear nothing for five
 // seconds hear something every two.
 func TestHeartbeatsSent(t *testing.T) {
+	t.Parallel()
 	const idle = 5 * time.Second
 	n := newNode(t, harness.Options{Name: "beats", Apps: []harness.App{beating("send = \"\\n\"\ninterval = \"2s\"\n")}})
 	must(t, n.Up())
@@ -139,6 +145,11 @@ func TestHeartbeatsSent(t *testing.T) {
 // write 100 KiB each while the server is away for 20 s; and one sends its request,
 // closes its side and waits for the answer. (Shorter where the tests' setting says so.)
 func TestSpool(t *testing.T) {
+	t.Parallel()
+	spool(t)
+}
+
+func spool(t *testing.T) {
 	const (
 		writers = 4
 		first   = 64 << 10
