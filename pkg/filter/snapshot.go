@@ -133,7 +133,7 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 	}
 	e.beats(now, a)
 	a.followAll(boundary.None)
-	a.wake = a.wake && a.keptWakes() || a.anyFin()
+	a.wake = a.wake && a.keptWakes() || a.anyFin() || a.leftSpool()
 	if a.wake {
 		a.wakeTries = 0
 		e.requestRestore(now, a, fx)
@@ -174,6 +174,12 @@ func (a *app) keptWakes() bool {
 // anyFin tells whether a remote's close was kept for local.
 func (a *app) anyFin() bool {
 	return slices.ContainsFunc(a.conns, func(c *conn) bool { return c.keptFin })
+}
+
+// leftSpool tells whether octets that remotes were told to be taken wait for a
+// local side that ended before it took them, and are to wake the next one.
+func (a *app) leftSpool() bool {
+	return !a.wakeFull && slices.ContainsFunc(a.conns, func(c *conn) bool { return c.spooled })
 }
 
 // dismiss ends a connection that is left out. A remote that has reset it knows.

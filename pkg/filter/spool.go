@@ -134,9 +134,10 @@ func (c *conn) spoolWindow() {
 	c.ep.Edge = c.ep.Edge.Max(c.ep.RcvNxt.Add(uint32(c.ep.Window) << c.ep.Opt.LocalScale))
 }
 
-// spoolKept acknowledges at SNAPSHOTDONE what was only kept until then.
+// spoolKept acknowledges at SNAPSHOTDONE what was only kept until then. What an
+// earlier local side left of its spool was acknowledged before.
 func (e *Engine) spoolKept(c *conn, fx *Effects) {
-	if !c.spools() || c.finOwed || c.state != appstate.ConnectRmt || len(c.kept) == 0 && !c.keptFin {
+	if !c.spools() || c.spooled || c.finOwed || c.state != appstate.ConnectRmt || len(c.kept) == 0 && !c.keptFin {
 		return
 	}
 	p, fin := c.kept, c.keptFin
