@@ -443,8 +443,12 @@ func (e *Engine) unkeep(c *conn) {
 }
 
 // keep stores a copy of what s brings at RCV.NXT, under the budgets. It
-// reports whether anything of it, or an octet before it, is there.
+// reports whether anything of it, or an octet before it, is there. Behind a spool
+// that local still takes nothing is kept: it would go to local with it.
 func (e *Engine) keep(c *conn, s *packet.Segment) bool {
+	if c.spooled {
+		return false
+	}
 	if c.kept == nil {
 		c.keptAt = c.ep.RcvNxt
 		if c.short() { // what is before it still goes to local

@@ -180,7 +180,7 @@ func (e *Engine) heldNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effec
 	e.wakeUp(now, a, reason, fx)
 	if a.state == appstate.SnapshotFreeze {
 		e.forwardAck(now, a, c, fx)
-		if fx.Reason == FrozenStripped {
+		if kept && fx.Reason == FrozenStripped {
 			fx.Reason = FrozenKept
 		}
 	}
