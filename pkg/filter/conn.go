@@ -299,8 +299,11 @@ func (c *conn) tookFin() bool {
 func (c *conn) owesFin() bool { return c.finOwed || c.finIn && c.redoAt != 0 }
 
 // acknowledges gives what ack, which local says when its numbers were not known,
-// means to the remote: a FIN that it was told to be taken is not taken back.
+// means to the remote: a FIN or a spool that it was told to be taken is not taken back.
 func (c *conn) acknowledges(ack seqnum.Value) seqnum.Value {
+	if c.spooled {
+		return ack.Max(c.keptEnd())
+	}
 	if c.owesFin() && ack.Add(1) == c.finInEnd {
 		return c.finInEnd
 	}

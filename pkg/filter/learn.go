@@ -113,7 +113,7 @@ func (c *conn) info(now Time, s *Socket) {
 		}
 	}
 	if c.translated {
-		next := c.hsIRS.Add(1 + uint32(s.BytesReceived)).Add(c.tr.In)
+		next := c.acknowledges(c.hsIRS.Add(1 + uint32(s.BytesReceived)).Add(c.tr.In))
 		if !c.learned { // an earlier filter opened it
 			c.ep.RcvNxt, c.rcvKnown = next, true
 		}

@@ -354,6 +354,11 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 			if a.sealed || c.sealed {
 				continue
 			}
+			if c.spooled { // local still takes it
+				c.handshakeEnd()
+				c.redoAt = now + 30e6
+				e.at(c.redoAt)
+			}
 			// What passed since is not in the record: local is asked again.
 			c.learned, c.confirmed, c.rcvKnown = false, false, true
 			c.listed = c.ackSeen
