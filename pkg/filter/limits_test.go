@@ -243,3 +243,50 @@ func TestRecordsThatContradict(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What local takes of its spool piece by piece is free for others again.
+func TestSpoolBudget(t *testing.T) {
+	w := filtertest.New()
+	kept := func() (used uint64) {
+		for _, l := range w.Engine.Limits() {
+			if l.Name == "kept_bytes" || l.Name == "kept_bytes_per_app" {
+				used += l.Used
+			}
+		}
+		return used
+	}
+	if err := w.Play(heldSpool); err != nil {
+		t.Fatal(err)
+	}
+	if kept() != 2*16 {
+		t.Fatalf("%d octets count as kept, want 32", kept())
+	}
+	if err := w.Play("local c1 ACK ack +3\nlocal c1 ACK ack +7"); err != nil {
+		t.Fatal(err)
+	}
+	if kept() != 2*9 {
+		t.Errorf("%d octets count as kept, want 18", kept())
+	}
+	if err := w.Play("local c1 ACK ack +16"); err != nil {
+		t.Fatal(err)
+	}
+	if kept() != 0 {
+		t.Errorf("%d octets count as kept when all are taken", kept())
+	}
+}
+
+const heldSpool = `app redis 10.0.0.100 6379
+link c1 10.0.0.2:40000
+open c1
+request SNAPSHOTSTART
+request SNAPSHOTFREEZE spool=100
+advance 60ms
+request SEAL
+request SNAPSHOTDONE s1
+remote c1 ACK data "abcdefghijklmnop"
+newlocal c1 0x11110000 65100
+request RESTORESTART s1
+request RESTORECONN c1
+advance 20ms
+silent on
+request RESTORED`

@@ -252,6 +252,15 @@ func (c *conn) handshakeEnd() {
 	c.hsTS = c.ep.TSVal - c.tr.TSOut
 }
 
+// acknowledgesNow is handshakeEnd where local's numbers have moved since: a stack
+// drops what acknowledges much less than it knows to be acknowledged (RFC 5961
+// section 5.2).
+func (c *conn) acknowledgesNow() {
+	if c.learned && (c.reloaded || c.hsISN.Add(1).Less(c.localSeqOut(c.ep.SndUna))) {
+		c.handshakeEnd()
+	}
+}
+
 // taken is called when local acknowledged something of a connection that has
 // kept octets: when all are acknowledged they are forgotten.
 func (e *Engine) taken(now Time, c *conn, ack seqnum.Value) {
@@ -344,9 +353,7 @@ func (e *Engine) redeliver(now Time, c *conn, fx *Effects) {
 		return
 	}
 	c.retries++
-	if c.reloaded && c.learned {
-		c.handshakeEnd()
-	}
+	c.acknowledgesNow()
 	e.handKept(c, fx)
 	c.redoAt = now + 30e6<<c.retries
 	e.at(c.redoAt)

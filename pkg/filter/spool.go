@@ -188,8 +188,9 @@ func (e *Engine) spoolTaken(now Time, c *conn, ack, edge seqnum.Value, fx *Effec
 		e.endSpool(c, fx)
 		return
 	}
-	if n := ack.Sub(c.keptAt); n > 0 {
-		c.kept = c.kept[min(int(n), len(c.kept)):]
+	news := ack.Sub(c.keptAt)
+	if news > 0 {
+		e.unspool(c, min(int(news), len(c.kept)))
 		c.keptAt = ack
 		c.retries = 0
 	}
@@ -198,10 +199,21 @@ func (e *Engine) spoolTaken(now Time, c *conn, ack, edge seqnum.Value, fx *Effec
 		from = c.keptAt
 	}
 	if from.Less(edge) && from.Less(c.keptAt.Add(uint32(len(c.kept)))) {
+		c.acknowledgesNow()
 		e.deliver(now, c, from, edge, fx)
 	}
-	c.redoAt = now + 200e6
-	e.at(c.redoAt)
+	if news > 0 || c.redoAt == 0 { // else local, which may speak all the time, still lacks what it was handed
+		c.redoAt = now + 200e6
+		e.at(c.redoAt)
+	}
+}
+
+// unspool forgets the first n octets, which local has taken.
+func (e *Engine) unspool(c *conn, n int) {
+	before := cap(c.kept)
+	c.kept = c.kept[n:]
+	e.kept -= before - cap(c.kept)
+	c.app.kept -= before - cap(c.kept)
 }
 
 // spoolAgain hands over again what local has not acknowledged in time.
@@ -209,9 +221,7 @@ func (e *Engine) spoolAgain(now Time, c *conn, fx *Effects) {
 	if s := c.app.state; s != appstate.Restored && s != appstate.SnapshotStart && (s != appstate.SnapshotFreeze || c.app.sealed) {
 		return
 	}
-	if c.reloaded && c.learned {
-		c.handshakeEnd()
-	}
+	c.acknowledgesNow()
 	// One segment always: local may have no window, or its update was lost.
 	e.deliver(now, c, c.keptAt, c.keptAt.Add(uint32(c.largest())), fx)
 	c.retries = min(c.retries+1, 8)
