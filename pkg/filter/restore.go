@@ -246,9 +246,14 @@ func (e *Engine) openAgain(now Time, c *conn, fx *Effects) {
 }
 
 // handshakeEnd takes what is known now for the numbers at which local's
-// handshake ended: what is handed to it acknowledges no more than the remote has.
+// handshake ended: what is handed to it acknowledges no more than the remote has,
+// nor less than local's first octet, where heartbeats of ours lie before it.
 func (c *conn) handshakeEnd() {
-	c.hsISN = c.localSeqOut(c.ep.SndUna).Add(^uint32(0))
+	una := c.ep.SndUna
+	if len(c.own) > 0 {
+		una = una.Max(c.ownEnd)
+	}
+	c.hsISN = c.localSeqOut(una).Add(^uint32(0))
 	c.hsTS = c.ep.TSVal - c.tr.TSOut
 }
 

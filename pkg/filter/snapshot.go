@@ -256,7 +256,9 @@ func (e *Engine) handBack(now Time, c *conn, fx *Effects) {
 	if len(c.kept) == 0 && !c.keptFin && !c.finOwed {
 		return
 	}
-	c.hsIRS = c.ep.RcvNxt.Add(^uint32(0))
+	if c.finOwed && c.kept == nil { // the FIN alone, which may be known from an earlier filter
+		c.keptAt = c.ep.RcvNxt
+	}
 	c.handshakeEnd()
 	e.handKept(c, fx)
 	if !c.translated {
