@@ -97,7 +97,9 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 	s := &e.seg
 	v := c.ep.Receive(now, s)
-	c.ownAcked(s)
+	if c.ep.SndUna == s.Ack { // else Receive has not taken its word
+		c.ownAcked(s)
+	}
 	if c.hole && c.lost() == 0 { // the remote has everything after all
 		c.hole = false
 		e.mark(c)
