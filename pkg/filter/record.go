@@ -236,7 +236,7 @@ func (e *Engine) Load(now Time, apps []AppRecord, conns []ConnRecord, flows func
 		if a := e.apps[conns[i].App]; a != nil {
 			e.loadConn(now, a, &conns[i], flows, fx)
 		} else {
-			fx.Records = append(fx.Records, Record{ID: conns[i].ID})
+			conns[i].forget(fx)
 		}
 	}
 	for _, a := range e.order {
@@ -262,12 +262,12 @@ func (e *Engine) loadApp(r *AppRecord) {
 
 func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bool, fx *Effects) {
 	if r.Translated && !a.state.Away() && !flows(r.ID) {
-		fx.Records = append(fx.Records, Record{ID: r.ID})
+		r.forget(fx)
 		return
 	}
 	c := e.newConn(now, a, r.ID, r.Role, r.State, fx)
 	if c == nil {
-		fx.Records = append(fx.Records, Record{ID: r.ID})
+		r.forget(fx)
 		return
 	}
 	ep := &c.ep
@@ -301,6 +301,14 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 		c.parked()
 		e.openHeld(c, fx)
 	}
+}
+
+// forget has the record, and the spool that belongs to it, kept no longer.
+func (r *ConnRecord) forget(fx *Effects) {
+	if len(r.Chunks) > 0 {
+		fx.Records = append(fx.Records, Record{ID: r.ID, Unspool: true})
+	}
+	fx.Records = append(fx.Records, Record{ID: r.ID})
 }
 
 // loadSpool takes up what a connection's remote was told to be taken, and what it was told.

@@ -57,3 +57,20 @@ func TestContradictions(t *testing.T) {
 		}
 	}
 }
+
+// A connection that has ended meanwhile leaves nothing of its spool behind.
+func TestForgottenSpool(t *testing.T) {
+	vip := netip.MustParseAddr("10.0.0.100")
+	apps := []filter.AppRecord{{Name: "a", VIPs: []netip.Addr{vip}, State: appstate.Restored}}
+	conns := []filter.ConnRecord{{App: "a", State: appstate.Connect, Translated: true, Spooled: true, KeptAt: 1, RcvNxt: 4,
+		Chunks: []filter.Chunk{{At: 1, Data: []byte("abc")}},
+		ID:     filter.ConnID{Local: netip.AddrPortFrom(vip, 80), Remote: netip.MustParseAddrPort("10.0.0.2:4000")}}}
+	e := filter.New(filter.Config{})
+	var fx filter.Effects
+	if err := e.Load(1, apps, conns, func(filter.ConnID) bool { return false }, false, &fx); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(fx.Records); n != 2 || !fx.Records[0].Unspool || fx.Records[1].Unspool || fx.Records[1].ID != conns[0].ID {
+		t.Errorf("%+v", fx.Records)
+	}
+}
