@@ -65,7 +65,7 @@ func (e *Engine) judge(now Time, p *Packet, fx *Effects) *app {
 		e.inbound(now, a, c, id, p, fx)
 	} else {
 		c := e.bySocket(id)
-		if c != nil && c.tr.Port != 0 && s.Flags&(packet.SYN|packet.ACK) == packet.SYN && c.closed {
+		if c != nil && c.tr.Port != 0 && s.Flags&(packet.SYN|packet.ACK) == packet.SYN && c.gives(s) {
 			e.setPort(c, 0) // its port is used for another connection
 			c = nil
 		}
@@ -73,6 +73,12 @@ func (e *Engine) judge(now Time, p *Packet, fx *Effects) *app {
 		e.outbound(now, a, c, id, p, fx)
 	}
 	return a
+}
+
+// gives tells whether SYN s of local opens another connection from the port of
+// c, whose own socket has ended, maybe silently: in FIN_WAIT2 or by a time-out.
+func (c *conn) gives(s *packet.Segment) bool {
+	return c.closed || !c.app.state.Away() && s.Seq != c.hsISN
 }
 
 // ours tells whether addr is a VIP of this node.
