@@ -194,7 +194,7 @@ func (e *Engine) heldReset(c *conn, fx *Effects) {
 	c.answered()
 	switch c.state {
 	case appstate.Closing:
-		if c.finOut {
+		if c.finOut || c.turned { // local has ended its side, too
 			e.remove(c, fx)
 			return
 		}

@@ -58,7 +58,7 @@ func (e *Engine) handshakeOut(c *conn, hook uint8, fx *Effects) {
 		fx.drop(HandshakeRefused)
 		switch {
 		case c.hsDone:
-			e.turnedAway(c)
+			e.turnedAway(c, fx)
 		case s.Ack == c.hsIRS.Add(1):
 			c.hsError = "local answered RST"
 			e.undoHandshake(c)
@@ -72,13 +72,19 @@ func (e *Engine) handshakeOut(c *conn, hook uint8, fx *Effects) {
 // a full queue (tcp_abort_on_overflow); again and again it is the
 // application's own word, which goes to the remote at RESTORED: one connection
 // that the application does not want must not keep all others from coming back.
-func (e *Engine) turnedAway(c *conn) {
+func (e *Engine) turnedAway(c *conn, fx *Effects) {
 	const sure = 3
 	c.hsError = "local accepted it and answered RST"
 	e.undoHandshake(c)
-	if c.hsRsts++; c.hsRsts >= sure && c.state == appstate.ConnectRmt {
+	if c.hsRsts++; c.hsRsts < sure {
+		return
+	}
+	switch c.state {
+	case appstate.ConnectRmt:
 		c.turned = true
 		c.set(appstate.Closing)
+	case appstate.Rst: // the remote does not want it either
+		e.remove(c, fx)
 	}
 }
 
