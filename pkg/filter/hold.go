@@ -188,8 +188,13 @@ func (e *Engine) heldNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effec
 	}
 }
 
-// heldReset ends the remote side. Local is told when it is back.
+// heldReset ends the remote side. Local is told when it is back, at the number
+// where it stands.
 func (e *Engine) heldReset(c *conn, fx *Effects) {
+	if c.spooled {
+		c.ep.RcvNxt = c.keptAt
+		e.endSpool(c, fx)
+	}
 	e.unkeep(c)
 	c.answered()
 	switch c.state {

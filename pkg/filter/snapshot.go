@@ -179,7 +179,7 @@ func (a *app) anyFin() bool {
 // leftSpool tells whether octets that remotes were told to be taken wait for a
 // local side that ended before it took them, and are to wake the next one.
 func (a *app) leftSpool() bool {
-	return !a.wakeFull && slices.ContainsFunc(a.conns, func(c *conn) bool { return c.spooled })
+	return !a.wakeFull && slices.ContainsFunc(a.conns, func(c *conn) bool { return c.spooled && c.alive() })
 }
 
 // dismiss ends a connection that is left out. A remote that has reset it knows.
