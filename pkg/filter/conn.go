@@ -410,7 +410,9 @@ func (c *conn) finish(now Time, s *packet.Segment) {
 	if s.Has(packet.FIN) {
 		c.finOut, c.finOutEnd, c.finOutAt = true, s.End(), now
 		if c.app.state == appstate.SnapshotFreeze { // local's stack goes on with the remote by itself
-			c.app.engine.unkeep(c)
+			if !c.spooled { // that is local's alone
+				c.app.engine.unkeep(c)
+			}
 			c.ep.Closed = false
 		}
 	}
@@ -479,6 +481,8 @@ func (c *conn) missing(now Time) string {
 	switch {
 	case c.refused != "":
 		return c.refused
+	case c.spooled && !c.sealed && c.learned:
+		return fmt.Sprintf("%d octets that came while local was away are not taken by it yet", len(c.kept))
 	case c.state == appstate.Closing && c.finOut:
 		// A FIN alone may stay unanswered; octets may not.
 		if n := c.ep.SndNxt.Size(c.ep.SndUna); c.learned && n > 1 {
@@ -500,8 +504,6 @@ func (c *conn) missing(now Time) string {
 		return fmt.Sprintf("%d octets from local after the seal were discarded", c.discarded)
 	case !c.frozen && !c.sealed:
 		return c.missingBoundary()
-	case c.spooled && !c.sealed && c.learned:
-		return fmt.Sprintf("%d octets that came while local was away are not taken by it yet", len(c.kept))
 	case c.ep.SndUna != c.ep.SndNxt:
 		return fmt.Sprintf("%d octets sent are not acknowledged by the remote", c.ep.SndNxt.Size(c.ep.SndUna))
 	case c.sealed:

@@ -276,6 +276,7 @@ func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 		sp := c.ep.Rst()
 		fx.send(&sp, false)
 		e.remove(c, fx)
+	case c.spooled && s.Has(packet.FIN): // local is to take the spool first, or the snapshot to end
 	case s.Has(packet.FIN) && c.ep.RcvNxt.LessEq(s.End()) && (v == tcpemu.Finish || v == tcpemu.Payload || v == tcpemu.Answer) && c.token(now, s):
 		if news := c.ep.RcvNxt.Less(s.End()) || !c.finIn; news && s.Seq.LessEq(c.ep.RcvNxt) {
 			c.ep.RcvNxt = s.End()

@@ -115,7 +115,10 @@ func (c *conn) info(now Time, s *Socket) {
 	if c.translated {
 		next := c.acknowledges(c.hsIRS.Add(1 + uint32(s.BytesReceived)).Add(c.tr.In))
 		if !c.learned { // an earlier filter opened it
-			c.ep.RcvNxt, c.rcvKnown = next, true
+			c.rcvKnown = true
+			if !c.spooled { // else the record tells
+				c.ep.RcvNxt = next
+			}
 		}
 		c.listedAt(next)
 		return
@@ -246,7 +249,7 @@ var askPayload = [1]byte{0}
 
 // isAnswer tells whether s, an empty segment in local's view, answers an ask,
 // and learns from it. Such a segment is for us alone.
-func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment) bool {
+func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment, fx *Effects) bool {
 	if c.asks == 0 || s.Flags&^(packet.ECE|packet.CWR) != packet.ACK || s.PayloadLen() != 0 {
 		return false
 	}
@@ -267,6 +270,9 @@ func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment) bool {
 	c.tellsHeld(s, c.tr.In)
 	if c.ep.Opt.SACK || ack != c.irs.Add(1) {
 		c.ackSeen = true // a socket with an unfinished handshake sends no DSACK
+	}
+	if c.spooled && !c.app.sealed { // it may be local's only word of it
+		e.spoolTaken(now, c, ack, ack.Add(uint32(s.Window)<<c.tr.ScaleLocal), fx)
 	}
 	c.learn(now, s, seq, ack)
 	if c.frozen && serial > c.askFrom {

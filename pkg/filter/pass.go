@@ -372,7 +372,7 @@ func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *E
 		return
 	}
 	if !c.translated {
-		if e.isAnswer(now, c, s) {
+		if e.isAnswer(now, c, s, fx) {
 			fx.drop(AskAnswer)
 			return
 		}
@@ -396,7 +396,7 @@ func (c *conn) aborts(s *packet.Segment) bool {
 // translateOut gives a segment of a translated connection the remote's view.
 func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 	s := &e.seg
-	if e.isAnswer(now, c, s) {
+	if e.isAnswer(now, c, s, fx) {
 		fx.drop(AskAnswer)
 		return
 	}

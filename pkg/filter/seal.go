@@ -54,7 +54,7 @@ func (e *Engine) awayOut(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 		c.sealed = true // a reset of its own, or of a dying process: not for the remote
 		e.mark(c)
 	}
-	e.sealedOut(c, fx)
+	e.sealedOut(now, c, fx)
 }
 
 // synAway is a SYN or SYN-ACK of local for a connection whose handshake was
@@ -74,7 +74,7 @@ func (e *Engine) synAway(now Time, a *app, c *conn, fx *Effects) {
 // frozenOut passes what local still says before the seal.
 func (e *Engine) frozenOut(now Time, c *conn, p *Packet, fx *Effects) {
 	s := &e.seg
-	if e.isAnswer(now, c, s) {
+	if e.isAnswer(now, c, s, fx) {
 		fx.drop(AskAnswer)
 		return
 	}
@@ -148,7 +148,7 @@ func (c *conn) goneAway() {
 // sealedOut closes the local side without the remote: FIN is answered with FIN
 // and ACK, octets are acknowledged, discarded and counted, RST and the last ACK
 // are absorbed.
-func (e *Engine) sealedOut(c *conn, fx *Effects) {
+func (e *Engine) sealedOut(now Time, c *conn, fx *Effects) {
 	s := &e.seg
 	n := s.PayloadLen()
 	switch {
@@ -168,7 +168,11 @@ func (e *Engine) sealedOut(c *conn, fx *Effects) {
 		return
 	}
 	if c.app.state == appstate.SnapshotFreeze {
-		if ack := s.Ack.Add(c.tr.In); c.ep.RcvNxt.Less(ack) {
+		ack := s.Ack.Add(c.tr.In)
+		if c.spooled && c.keptEnd().LessEq(ack) {
+			e.spoolTaken(now, c, ack, ack, fx)
+		}
+		if c.ep.RcvNxt.Less(ack) {
 			c.bytesIn += uint64(ack.Size(c.ep.RcvNxt))
 			c.ep.RcvNxt = ack
 			e.mark(c)

@@ -126,6 +126,9 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 			continue
 		}
 		c.parked()
+		if c.spooled && c.finOut { // nobody takes it any more
+			e.endSpool(c, fx)
+		}
 		e.trimKept(c)
 		e.keptBeat(now, c, fx)
 		e.spoolKept(c, fx)
