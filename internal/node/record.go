@@ -91,9 +91,10 @@ func (n *Node) save() error {
 	return nil
 }
 
-// newest leaves the last entry of each key: a disk that stays full must not
-// have what waits grow with every change. Values get memory of their own, so
-// that they do not hold that of all others.
+// newest leaves the last entry of each key, and no piece of a spool that is
+// deleted behind it: a disk that stays full must not have what waits grow with
+// every change. Values get memory of their own, so that they do not hold that of
+// all others.
 func newest(entries []journal.Entry) []journal.Entry {
 	type name struct {
 		table journal.Table
@@ -103,6 +104,9 @@ func newest(entries []journal.Entry) []journal.Entry {
 	out := len(entries)
 	for i := len(entries) - 1; i >= 0; i-- {
 		e := entries[i]
+		if e.Table == journal.Spool && !e.Prefix && seen[name{e.Table, string(e.Key[:len(e.Key)-chunkTail])}] {
+			continue
+		}
 		if k := (name{e.Table, string(e.Key)}); !seen[k] {
 			seen[k] = true
 			out--
@@ -138,6 +142,9 @@ func spoolKey(id filter.ConnID) []byte {
 	return append([]byte{byte(len(k))}, k...)
 }
 
+// chunkTail is how much longer the key of a piece is than its connection's.
+const chunkTail = 8 + 4
+
 // chunkKey is the key of a piece of a spool: its connection's, the order in which
 // pieces came, and its sequence number.
 func (n *Node) chunkKey(r *filter.Record) []byte {
@@ -148,7 +155,7 @@ func (n *Node) chunkKey(r *filter.Record) []byte {
 
 // chunkOf reads a key of chunkKey.
 func chunkOf(key []byte) (id filter.ConnID, serial uint64, at seqnum.Value, err error) {
-	n := len(key) - 12
+	n := len(key) - chunkTail
 	if n < 1 || int(key[0]) != n-1 {
 		return id, 0, 0, fmt.Errorf("key %x is not a spool's", key)
 	}

@@ -156,6 +156,13 @@ func TestDiskFull(t *testing.T) {
 	if len(n.unsaved) != 2 {
 		t.Fatalf("%d records wait, want one of each key", len(n.unsaved))
 	}
+	spool := &Node{journal: n.journal}
+	for range 100 {
+		_ = spool.record([]filter.Record{{Chunk: &filter.Chunk{At: 1, Data: []byte("x")}, ID: id}, {Unspool: true, ID: id}, {Chunk: &filter.Chunk{At: 2, Data: []byte("y")}, ID: id}})
+	}
+	if len(spool.unsaved) != 2 {
+		t.Fatalf("%d records wait, want the end of a spool and what came behind it", len(spool.unsaved))
+	}
 	n.fx.Replies = []filter.Reply{{ID: 1, Body: &filter.StatusList{}}}
 	if err := n.payOwed(); err != nil {
 		t.Errorf("a question waits for the disk: %v", err)
