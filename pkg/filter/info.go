@@ -137,7 +137,9 @@ func (e *Engine) Limits() []Limit {
 	for _, a := range e.order {
 		conns, kept, syns = max(conns, len(a.conns)), max(kept, a.kept), max(syns, len(a.syns))
 		for _, c := range a.conns {
-			one = max(one, len(c.kept))
+			if !c.spooled { // of those the application's spool is the bound
+				one = max(one, len(c.kept))
+			}
 		}
 	}
 	return []Limit{
