@@ -66,6 +66,7 @@ type conn struct {
 	probeAt   Time         // not before then is the remote asked
 	askAt     Time         // not before then is local asked again
 	sendQueue uint32       // octets that sock_diag showed unacknowledged at SNAPSHOTSTART
+	saidAll   bool         // local had closed by then
 	acked     seqnum.Value // what it showed acknowledged
 	ackedOK   bool         // acked is known
 	localGone bool

@@ -23,7 +23,7 @@ func (c *conn) prepare(now Time) {
 	}
 	c.listed, c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false, false
 	c.asks, c.askFrom, c.askAt, c.discarded, c.fwd = 0, 0, 0, 0, false
-	c.sendQueue, c.ackedOK = 0, false
+	c.sendQueue, c.saidAll, c.ackedOK = 0, false, false
 	c.last, c.lastIn, c.lastOut = nobody, 0, 0
 	c.hsDone, c.hsStarted, c.hsError = false, false, ""
 	c.ep.Closed, c.hole = false, false
@@ -62,6 +62,7 @@ func (e *Engine) listed(now Time, a *app, s *Socket, fx *Effects) {
 	}
 	if s.LocalClosed { // its FIN may wait behind octets, unsent and unseen
 		c.listed = true
+		c.sendQueue, c.saidAll = s.SendQueue, true
 		switch {
 		case !c.translated: // of those every FIN that was sent is known
 			c.finOut, c.finIn = true, s.RemoteClosed
@@ -322,9 +323,10 @@ func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 // firstUna sets SND.UNA when local's numbers become known: what was
 // acknowledged when the sockets were listed. Where only the length of the send
 // queue is known from then, what local has said since seems to be acknowledged
-// and may not be: then only the remote's own word is handed on to local.
+// and may not be: then only the remote's own word is handed on to local. One
+// that had closed has said nothing since: there no old acknowledgement counts.
 func (c *conn) firstUna(next seqnum.Value) {
-	c.ep.SndUna, c.ep.Guess = next.Add(-c.sendQueue), true
+	c.ep.SndUna, c.ep.Guess = next.Add(-c.sendQueue), !c.saidAll
 	if c.ackedOK && c.acked.LessEq(next) {
 		c.ep.SndUna, c.ep.Guess = c.acked, false
 	}

@@ -43,6 +43,9 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 	for i := range b.Sockets {
 		e.listed(now, a, &b.Sockets[i], fx)
 	}
+	for _, c := range a.conns { // in TIME_WAIT or gone: local had everything acknowledged
+		c.saidAll = c.saidAll || b.Sockets != nil && !c.listed && c.finOut && now-c.created > young
+	}
 	e.pending = append(e.pending, &pending{id: r.ID, app: a, body: b, deadline: now + cmp.Or(b.Timeout, 2e9)})
 	e.tick(now, a, fx)
 	e.duePending(now, fx) // it may be that nothing is to be learned

@@ -45,6 +45,7 @@ import (
 //	                                         ADOPT stale NAME, SNAPSHOTSTART line|resp
 //	                                         or line NAME, whose socket shows 2 s of silence;
 //	                                         NAME!: from before its remote's last octet,
+//	                                         SNAPSHOTSTART closing NAME OCTETS (unacknowledged),
 //	                                         SNAPSHOTFREEZE pass-closes, abort-on-data and a boundary,
 //	                                         spool=N, wake=full, heartbeat=MATCH>REPLY,
 //	                                         beat=SEND@INTERVAL, beat-closed=SEND@INTERVAL;
@@ -426,6 +427,13 @@ func (w *World) requestLine(f []string) error {
 		if arg(1) != "blind" {
 			r.Sockets = w.sockets(arg(1), arg(2))
 		}
+		if arg(3) != "" {
+			n, err := strconv.ParseUint(arg(3), 10, 32)
+			if err != nil {
+				return err
+			}
+			sendQueue(r.Sockets, uint32(n))
+		}
 		w.request(r)
 		w.advance(20 * time.Millisecond)
 	case "GETCONNINFO":
@@ -513,6 +521,15 @@ func (w *World) sockets(how, name string) []filter.Socket {
 		})
 	}
 	return out
+}
+
+// sendQueue has those that are closing show n octets unacknowledged.
+func sendQueue(socks []filter.Socket, n uint32) {
+	for i := range socks {
+		if socks[i].LocalClosed {
+			socks[i].SendQueue = n
+		}
+	}
 }
 
 // Sockets lists the local sockets as the agent does.
