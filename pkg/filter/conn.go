@@ -120,6 +120,7 @@ type conn struct {
 
 	marked, saved bool // to be recorded at the end of the step; recorded
 	reloaded      bool // taken up from an earlier filter, and not opened since
+	silent        bool // which had seen nothing of local since its SYN-ACK
 	shut          bool // the remote was told of a closed window until it was opened
 
 	oldClock   bool // the remote has not spoken since the clock that local was told is outdated

@@ -139,12 +139,13 @@ func (e *Engine) heldConn(now Time, a *app, c *conn, p *Packet, fx *Effects) {
 }
 
 // echoed takes local's clock from what the remote echoes where nothing of local
-// was seen since its SYN-ACK, or only by an earlier filter, before the remote
+// was seen since its SYN-ACK, or maybe by an earlier filter, before the remote
 // ended the handshake: the remote would refuse an older timestamp.
 func (c *conn) echoed(s *packet.Segment) {
-	if c.handshake && c.spokeAt == 0 && (!c.reloaded || !c.ackSeen) && s.Ack == c.ep.SndNxt &&
+	if c.handshake && c.spokeAt == 0 && (!c.reloaded || !c.ackSeen || c.silent) && s.Ack == c.ep.SndNxt &&
 		c.ep.Opt.TS && s.Opt.HasTS && seqnum.NewerTS(s.Opt.TSEcr, c.ep.TSVal) {
 		c.ep.TSVal = s.Opt.TSEcr
+		c.app.engine.mark(c)
 	}
 }
 

@@ -103,6 +103,7 @@ type ConnRecord struct {
 
 	Bound   seqnum.Value `cbor:"50,keyasint,omitempty"`
 	Bounded bool         `cbor:"51,keyasint,omitempty"`
+	Silent  bool         `cbor:"52,keyasint,omitempty"` // nothing of local was seen since its SYN-ACK
 }
 
 // Record is one thing to be kept: an application, a connection, or, where both
@@ -213,6 +214,7 @@ func (c *conn) record() *ConnRecord {
 		HsIRS: c.hsIRS, Translated: c.translated, Tr: c.tr, CloseWait: c.closeWait, Shut: c.shut,
 		Spooled: c.spooled, KeptAt: c.keptAt, KeptFin: c.spooled && c.keptFin, Closed: c.spooled && ep.Closed, Own: c.own, OwnEnd: c.ownEnd,
 		Bound: c.bound, Bounded: c.bounded,
+		Silent: c.handshake && c.spokeAt == 0 && (!c.reloaded || c.silent),
 	}
 }
 
@@ -282,7 +284,7 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	c.finIn, c.finOut, c.remoteFirst, c.finInEnd, c.finOutEnd = r.FinIn, r.FinOut, r.RemoteFirst, r.FinInEnd, r.FinOutEnd
 	c.finOwed, c.hole = r.FinOwed, r.Hole
 	c.hsIRS, c.tr, c.translated, c.closeWait, c.shut = r.HsIRS, r.Tr, r.Translated, r.CloseWait, r.Shut
-	c.saved, c.reloaded = true, true
+	c.saved, c.reloaded, c.silent = true, true, r.Silent
 	e.setPort(c, r.Tr.Port)
 	e.loadSpool(now, c, r)
 	if c.scan != nil {
