@@ -53,6 +53,9 @@ type conn struct {
 	finOutAt            Time // when a FIN of local went to the remote
 	remoteFirst, closed bool // the remote closed first; both closes were acknowledged
 	expire              Time // when a closed connection is forgotten, 0: not
+	lingers             bool // local's FIN is the filter's to repeat
+	closeAt             Time // when it is repeated, 0: not
+	closeTries          uint8
 
 	// The snapshot under way, and the hold.
 	frozen    bool
@@ -154,6 +157,7 @@ func (c *conn) parked() {
 	defer func() { c.app.derive = false }()
 	c.frozen, c.sealed = true, true
 	c.hole = c.lost() > 0 // only by force
+	c.lingers = c.lingers || c.lostFin()
 	if c.state == appstate.Connect && c.alive() || c.state == appstate.Closing && !c.finOut {
 		c.set(appstate.ConnectRmt)
 	}
@@ -356,8 +360,14 @@ func (c *conn) observeOut(now Time, s *packet.Segment, exact bool) {
 			return
 		}
 		c.ep.SndNxt, c.ep.RcvNxt = end, c.acknowledges(s.Ack)
-		if !c.reloaded || c.app.state == appstate.SnapshotStart { // else what was recorded is the remote's own word
-			c.firstUna(s.Seq)
+		if !c.reloaded || c.saidAll || c.app.state == appstate.SnapshotStart { // else what was recorded is the remote's own word
+			next := s.Seq
+			if c.saidAll && s.Has(packet.FIN) {
+				next = end // the queue counts all of it
+			}
+			if c.firstUna(next); n == 0 {
+				c.closedAt(next)
+			}
 		}
 		if s.Opt.HasTS {
 			if c.ep.TSAt == 0 || c.reloaded && seqnum.NewerTS(s.Opt.TSEcr, c.ep.TSRec) {
@@ -451,8 +461,7 @@ func (c *conn) closing(now Time) {
 		}
 	}
 	if c.expire == 0 {
-		c.expire = (now+linger)/1e9*1e9 + 1e9 // whole seconds: one look for many
-		c.app.engine.at(c.expire)
+		c.expireIn(now, linger)
 	}
 }
 
@@ -487,6 +496,9 @@ func (c *conn) missing(now Time) string {
 		return fmt.Sprintf("%d octets that came while local was away are not taken by it yet", len(c.kept))
 	case c.state == appstate.Closing && c.finOut:
 		// A FIN alone may stay unanswered; octets may not.
+		if c.unheard() && !c.app.sealed && now-c.app.since < unheardFor {
+			return "local has closed and its numbers are not learned yet"
+		}
 		if n := c.ep.SndNxt.Size(c.ep.SndUna); c.learned && n > 1 {
 			return fmt.Sprintf("local has closed and %d octets are not acknowledged by the remote", n-1)
 		}

@@ -254,7 +254,10 @@ func (e *Engine) dueApp(now Time, a *app, fx *Effects) {
 		if c.beatAt != 0 && c.beatAt <= now {
 			e.beatDue(now, c, fx)
 		}
-		over := a.state == appstate.SnapshotDone && c.learned && c.finIn && c.finOut // no local side waits any more
+		if c.closeAt != 0 && c.closeAt <= now {
+			e.repeatClose(now, c, fx)
+		}
+		over := a.state == appstate.SnapshotDone && c.learned && c.finIn && c.finOut && !c.owesClose() // no local side waits any more
 		if c.expire != 0 && c.expire <= now && (over || !a.state.Away()) {
 			e.remove(c, fx)
 		}
@@ -292,7 +295,7 @@ const maxAsks = 256
 func (e *Engine) tickConn(now Time, a *app, c *conn, room *int, fx *Effects) {
 	// The end of a handshake can have passed unseen: the socket's answer tells.
 	unsure := c.state == appstate.Connect && !c.alive()
-	if !c.alive() && !unsure && !c.finOut {
+	if !c.alive() && !unsure && !c.finOut || c.lingers {
 		return
 	}
 	if a.state == appstate.SnapshotFreeze {
@@ -304,7 +307,7 @@ func (e *Engine) tickConn(now Time, a *app, c *conn, room *int, fx *Effects) {
 	if c.refused != "" || c.sealed || *room <= 0 {
 		return
 	}
-	needs := c.alive() && (!c.learned || c.frozen && !c.confirmed) || unsure && !a.sealed
+	needs := c.alive() && (!c.learned || c.frozen && !c.confirmed) || (unsure || c.unheard()) && !a.sealed
 	if needs && now >= c.askAt {
 		e.ask(now, c, fx)
 		*room--

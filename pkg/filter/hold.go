@@ -270,7 +270,12 @@ func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 		return
 	}
 	octets := s.Seq.Add(uint32(s.PayloadLen()))
-	switch v := c.ep.Receive(now, s); {
+	owed := c.owesClose()
+	v := c.ep.Receive(now, s)
+	if owed && !c.owesClose() {
+		c.closeTaken(now)
+	}
+	switch {
 	case v == tcpemu.Reset:
 		e.remove(c, fx)
 	case v == tcpemu.Payload && c.ep.RcvNxt.Less(octets): // local, which has closed, would refuse them
@@ -285,11 +290,11 @@ func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 			c.closing(now)
 			e.mark(c)
 		}
-		sp := c.ep.Ack()
+		sp := c.lastWord()
 		fx.send(&sp, false)
 		fx.Reason = HeldFinAcked
 	case v.MayAnswer() && c.token(now, s):
-		sp := c.ep.Ack()
+		sp := c.lastWord()
 		fx.send(&sp, false)
 		fx.Reason = HeldAnswered
 	}

@@ -62,7 +62,7 @@ func (e *Engine) listed(now Time, a *app, s *Socket, fx *Effects) {
 	}
 	if s.LocalClosed { // its FIN may wait behind octets, unsent and unseen
 		c.listed = true
-		c.sendQueue, c.saidAll = s.SendQueue, true
+		c.closedQueue(s)
 		switch {
 		case !c.translated: // of those every FIN that was sent is known
 			c.finOut, c.finIn = true, s.RemoteClosed
@@ -289,8 +289,9 @@ func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 	if fresh {
 		c.learned = true
 		ep.SndNxt, ep.RcvNxt = seq, c.acknowledges(ack)
-		if !c.reloaded || c.app.state == appstate.SnapshotStart {
+		if !c.reloaded || c.saidAll || c.app.state == appstate.SnapshotStart {
 			c.firstUna(seq)
+			c.closedAt(seq)
 		}
 	}
 	if ep.RcvNxt.Less(ack) {
@@ -318,6 +319,32 @@ func (c *conn) learn(now Time, s *packet.Segment, seq, ack seqnum.Value) {
 		w = c.tr.Window(w, ack, &c.edge)
 	}
 	ep.Announced(ack, w, fresh)
+}
+
+// closedQueue takes what the socket s of a local side that has closed tells.
+func (c *conn) closedQueue(s *Socket) {
+	c.sendQueue, c.saidAll = s.SendQueue, true
+	if s.HasInfo && !c.handshake && !c.translated {
+		c.options(s)
+	}
+	switch {
+	case c.translated:
+	case c.learned && !c.finOut: // it passed before anything was captured, and behind the first list
+		if c.ep.Guess {
+			c.firstUna(c.ep.SndNxt)
+		}
+		c.closedAt(c.ep.SndNxt)
+	case !c.learned && c.handshake && s.HasInfo:
+		c.ep.RcvNxt, c.rcvKnown = c.irs.Add(1+uint32(s.BytesReceived)), true
+	}
+}
+
+// closedAt takes the end of what local, which had closed, has sent for that of its
+// FIN, which may have passed while no filter was there.
+func (c *conn) closedAt(next seqnum.Value) {
+	if c.saidAll {
+		c.finOutEnd = next
+	}
 }
 
 // firstUna sets SND.UNA when local's numbers become known: what was

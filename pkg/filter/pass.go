@@ -195,6 +195,10 @@ func (e *Engine) inbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Ef
 		fx.accept(Pass)
 		return
 	}
+	if c.lingersOn() {
+		e.heldClosing(now, c, fx)
+		return
+	}
 	gone := s.Has(packet.RST) && c.resets(s)
 	if c.scan != nil {
 		c.follow(now, s)
@@ -226,7 +230,7 @@ func (c *conn) resets(s *packet.Segment) bool {
 // and only its stack still works on the end.
 func (c *conn) passes(a *app, s *packet.Segment) bool {
 	if c.state == appstate.Closing && c.finOut {
-		return !a.sealed
+		return !a.sealed && !c.lingers
 	}
 	again := c.short() && s.PayloadLen() > 0 && !s.Has(packet.RST) && s.Seq.Less(c.bound)
 	return !a.sealed && (!c.frozen || again) && !c.sealed && c.alive()

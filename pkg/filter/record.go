@@ -104,6 +104,10 @@ type ConnRecord struct {
 	Bound   seqnum.Value `cbor:"50,keyasint,omitempty"`
 	Bounded bool         `cbor:"51,keyasint,omitempty"`
 	Silent  bool         `cbor:"52,keyasint,omitempty"` // nothing of local was seen since its SYN-ACK
+
+	SendQueue uint32 `cbor:"53,keyasint,omitempty"` // unacknowledged, of a local side that had closed
+	SaidAll   bool   `cbor:"54,keyasint,omitempty"` // it had when the snapshot began
+	Lingers   bool   `cbor:"55,keyasint,omitempty"` // the filter repeats local's FIN
 }
 
 // Record is one thing to be kept: an application, a connection, or, where both
@@ -201,7 +205,7 @@ func (a *app) record() *AppRecord {
 
 func (c *conn) record() *ConnRecord {
 	ep := &c.ep
-	return &ConnRecord{
+	r := &ConnRecord{
 		App: c.app.name, ID: c.id, Role: c.role, State: c.state,
 		Opt: ep.Opt, SndUna: ep.SndUna, Guess: ep.Guess, SndNxt: ep.SndNxt, RcvNxt: ep.RcvNxt,
 		Window: ep.Window, Edge: ep.Edge, RemoteWnd: ep.RemoteWnd, RemoteLast: ep.RemoteLast, RemoteSeen: ep.RemoteSeen,
@@ -214,8 +218,15 @@ func (c *conn) record() *ConnRecord {
 		HsIRS: c.hsIRS, Translated: c.translated, Tr: c.tr, CloseWait: c.closeWait, Shut: c.shut,
 		Spooled: c.spooled, KeptAt: c.keptAt, KeptFin: c.spooled && c.keptFin, Closed: c.spooled && ep.Closed, Own: c.own, OwnEnd: c.ownEnd,
 		Bound: c.bound, Bounded: c.bounded,
-		Silent: c.handshake && c.spokeAt == 0 && (!c.reloaded || c.silent),
+		SaidAll: c.saidAll, Lingers: c.lingers, Silent: c.handshake && c.spokeAt == 0 && (!c.reloaded || c.silent),
 	}
+	switch {
+	case c.saidAll && c.learned:
+		r.SendQueue = ep.SndNxt.Size(ep.SndUna)
+	case c.saidAll:
+		r.SendQueue = c.sendQueue
+	}
+	return r
 }
 
 // Load takes up what an earlier engine recorded, in a new one, before its
@@ -278,13 +289,14 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	ep.TSVal, ep.TSRec, ep.TSAt = r.TSVal, r.TSRec, r.TSAt
 	c.handshake, c.ackSeen, c.frozen, c.confirmed = r.Handshake, r.AckSeen, r.Frozen, r.Confirmed
 	c.sealed, c.localGone = r.Sealed, r.LocalGone
-	c.learned = r.Learned && a.state.Away()
+	c.learned = r.Learned && (a.state.Away() || r.Lingers)
+	c.sendQueue, c.saidAll = r.SendQueue, r.SaidAll
 	c.iss, c.irs, c.refused, c.created = r.ISS, r.IRS, r.Refused, min(r.Created, now)
 	c.bytesIn, c.bytesOut, c.discarded = r.BytesIn, r.BytesOut, r.Discarded
 	c.finIn, c.finOut, c.remoteFirst, c.finInEnd, c.finOutEnd = r.FinIn, r.FinOut, r.RemoteFirst, r.FinInEnd, r.FinOutEnd
 	c.finOwed, c.hole = r.FinOwed, r.Hole
 	c.hsIRS, c.tr, c.translated, c.closeWait, c.shut = r.HsIRS, r.Tr, r.Translated, r.CloseWait, r.Shut
-	c.saved, c.reloaded, c.silent = true, true, r.Silent
+	c.saved, c.reloaded, c.silent, c.lingers = true, true, r.Silent, r.Lingers
 	e.setPort(c, r.Tr.Port)
 	e.loadSpool(now, c, r)
 	if c.scan != nil {
@@ -358,10 +370,15 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 			c.ep.TSAt = now // its clock began anew
 		}
 	}
+	for _, c := range a.conns {
+		if e.repeatClose(now, c, fx); c.lingersOn() {
+			e.linger(now, c, fx)
+		}
+	}
 	switch a.state {
 	case appstate.SnapshotFreeze:
 		for _, c := range a.conns {
-			if a.sealed || c.sealed {
+			if a.sealed || c.sealed || c.lingers {
 				continue
 			}
 			if c.spooled { // local still takes it
@@ -370,7 +387,7 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 				e.at(c.redoAt)
 			}
 			// What passed since is not in the record: local is asked again.
-			c.learned, c.confirmed, c.rcvKnown = false, false, true
+			c.learned, c.confirmed, c.rcvKnown = false, false, c.learned || !c.saidAll
 			c.listed = c.ackSeen
 		}
 		if a.froze, a.restarted = now, !a.sealed; !a.sealed { // else local is not asked any more

@@ -136,6 +136,7 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 		e.keptBeat(now, c, fx)
 		e.spoolKept(c, fx)
 		e.openHeld(c, fx)
+		e.repeatClose(now, c, fx)
 	}
 	e.beats(now, a)
 	a.followAll(boundary.None)
@@ -229,7 +230,7 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 		}
 		c.answered()
 		c.settleFin()
-		if c.ep.Closed || c.reloaded {
+		if (c.ep.Closed || c.reloaded) && !c.lingers {
 			c.ep.Closed, c.reloaded = false, false
 			if c.learned { // before local can acknowledge more than this does
 				sp := c.ep.Ack()
@@ -420,6 +421,8 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 			e.open(now, c, fx)
 		case c.restorable():
 			e.dismiss(c, fx)
+		case c.owesClose():
+			e.linger(now, c, fx)
 		case c.expire == 0:
 			e.remove(c, fx) // a handshake that never ended
 		default:

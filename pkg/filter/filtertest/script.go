@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -45,7 +46,7 @@ import (
 //	                                         ADOPT stale NAME, SNAPSHOTSTART line|resp
 //	                                         or line NAME, whose socket shows 2 s of silence;
 //	                                         NAME!: from before its remote's last octet,
-//	                                         SNAPSHOTSTART closing NAME OCTETS (unacknowledged),
+//	                                         SNAPSHOTSTART closing NAME,... OCTETS (unacknowledged),
 //	                                         SNAPSHOTFREEZE pass-closes, abort-on-data and a boundary,
 //	                                         spool=N, wake=full, heartbeat=MATCH>REPLY,
 //	                                         beat=SEND@INTERVAL, beat-closed=SEND@INTERVAL;
@@ -488,15 +489,12 @@ func (w *World) requestLine(f []string) error {
 }
 
 // sockets is what sock_diag would show. "without NAME" leaves one out: it was
-// opened after the look; "closing NAME" shows one in FIN_WAIT1.
+// opened after the look; "closing NAME,..." shows some in FIN_WAIT1.
 func (w *World) sockets(how, name string) []filter.Socket {
 	out := []filter.Socket{}
 	for _, l := range w.order {
-		if how == "closing" && l.name == name {
-			out = append(out, filter.Socket{ID: filter.ConnID{Local: l.own, Remote: l.raddr}, LocalClosed: true, Passive: !l.active})
-			continue
-		}
-		if l.local.nxt == l.local.iss || l.local.fin || how == "without" && l.name == name {
+		closing := how == "closing" && slices.Contains(strings.Split(name, ","), l.name)
+		if l.local.nxt == l.local.iss || l.local.fin && !closing || how == "without" && l.name == name {
 			continue
 		}
 		idle := w.now - l.local.at
@@ -514,7 +512,7 @@ func (w *World) sockets(how, name string) []filter.Socket {
 		out = append(out, filter.Socket{
 			LastRecv: idle, LastSent: sent,
 			ID:          filter.ConnID{Local: l.own, Remote: l.raddr},
-			Established: true, CloseWait: l.remote.fin && l.local.rcv == l.remote.nxt, Passive: !l.active, HasInfo: true,
+			Established: !closing, LocalClosed: closing, CloseWait: !closing && l.remote.fin && l.local.rcv == l.remote.nxt, Passive: !l.active, HasInfo: true,
 			TS: l.ts, SACK: l.sack, WScale: l.scale >= 0, RemoteScale: uint8(max(l.scale, 0)), LocalScale: l.lscale,
 			SndMSS: 1448, BytesReceived: took,
 			BytesAcked: uint64(l.remote.rcv.Size(l.remote.rcvBase().Add(1))),

@@ -41,8 +41,7 @@ type client struct {
 	aborted    bool
 	eof        bool // it has seen the server's close
 	failed     bool // it could not connect
-	finLost    bool // see lastWords
-	unfinished bool // see lastWords
+	unfinished bool // see openHandshakes
 }
 
 // start opens the connection.
@@ -193,9 +192,6 @@ func (c *client) reads() bool {
 			return true
 		case err != nil && !wouldBlock(err):
 			c.closed = true
-			if c.finLost && c.got == c.plan.down {
-				return true
-			}
 			if c.turnedDown() {
 				c.failed = true
 				return true
@@ -316,8 +312,5 @@ func (c *client) complete() bool {
 		return true
 	}
 	s := c.s
-	if c.finLost && c.got == c.plan.down {
-		return true
-	}
 	return c.closed && c.got == c.plan.down && s != nil && s.got == c.plan.up && s.closed
 }

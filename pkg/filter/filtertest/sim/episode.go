@@ -61,7 +61,7 @@ func (a *agent) snapshot() bool {
 	if a.giveUpNow() && a.unseal() {
 		return false
 	}
-	w.lastWords()
+	w.openHandshakes()
 	a.soon()
 	w.server.kill()
 	a.soon()
@@ -106,19 +106,12 @@ func (w *world) atLines(had map[*client]uint64) {
 	}
 }
 
-// lastWords notes of which connections a FIN of local, which the remote has not
-// acknowledged, goes with the local stack: "a FIN alone may stay unanswered".
-// Nobody repeats it, and when the application is back the remote is reset. It
-// has received every octet before. The same for handshakes that local has not
-// seen the end of, and of which everything that the remote has sent was lost:
-// without a filter too, its first segment is answered with RST by the server
+// openHandshakes notes which handshakes local has not seen the end of, and go
+// with the local stack: where everything that the remote has sent was lost, it is
+// as without a filter, and its first segment is answered with RST by the server
 // that was started anew.
-func (w *world) lastWords() {
+func (w *world) openHandshakes() {
 	for _, i := range w.server.sockets() {
-		if c := w.byAddr[i.ID.Remote]; c != nil && i.LocalClosed && w.server.hasClosed(c) && i.state != tcp.StateFinWait2 && i.sendQ > 0 {
-			w.trace.note("the FIN to client %d is not acknowledged", c.id)
-			c.finLost = true
-		}
 		if c := w.byAddr[i.ID.Remote]; c != nil && i.state == tcp.StateSynRecv {
 			w.trace.note("the handshake of client %d is unfinished", c.id)
 			c.unfinished = true
