@@ -156,7 +156,10 @@ func (c *conn) parked() {
 	c.app.derive = true
 	defer func() { c.app.derive = false }()
 	c.frozen, c.sealed = true, true
-	c.hole = c.lost() > 0 // only by force
+	c.hole = c.lost() > 0                                                                   // only by force
+	if c.translated && c.saidAll && c.sendQueue == 1 && c.ep.SndUna.Add(1) == c.ep.SndNxt { // what is missing is the FIN
+		c.finOutEnd = c.ep.SndNxt
+	}
 	c.lingers = c.lingers || c.lostFin()
 	if c.state == appstate.Connect && c.alive() || c.state == appstate.Closing && !c.finOut {
 		c.set(appstate.ConnectRmt)

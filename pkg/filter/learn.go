@@ -340,9 +340,10 @@ func (c *conn) closedQueue(s *Socket) {
 }
 
 // closedAt takes the end of what local, which had closed, has sent for that of its
-// FIN, which may have passed while no filter was there.
+// FIN, which may have passed while no filter was there. A translation must not end
+// too early: there only SNAPSHOTDONE does that.
 func (c *conn) closedAt(next seqnum.Value) {
-	if c.saidAll {
+	if c.saidAll && !c.translated {
 		c.finOutEnd = next
 	}
 }
