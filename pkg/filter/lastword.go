@@ -32,7 +32,7 @@ func (c *conn) lastWord() packet.Spec {
 // repeatClose sends local's FIN and plans the next with back-off (RFC 6298
 // section 5.5, RFC 9293 section 3.8.1).
 func (e *Engine) repeatClose(now Time, c *conn, fx *Effects) {
-	const first, last = Time(1e9), Time(60e9)
+	const first, last, seldom, tries = Time(1e9), Time(60e9), Time(3600e9), 30
 	c.closeAt = 0
 	if !c.owesClose() {
 		return
@@ -40,7 +40,11 @@ func (e *Engine) repeatClose(now Time, c *conn, fx *Effects) {
 	sp := c.lastWord()
 	fx.send(&sp, false)
 	c.closeAt = now + min(first<<min(c.closeTries, 6), last)
-	c.closeTries++
+	if c.closeTries == tries { // for half an hour: it may be gone, and a hold takes any time
+		c.closeAt = now + seldom
+	} else {
+		c.closeTries++
+	}
 	e.at(c.closeAt)
 }
 
