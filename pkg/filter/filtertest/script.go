@@ -77,6 +77,7 @@ func (w *World) run(script string) (string, error) {
 			return w.out.String(), fmt.Errorf("line %d: %s: %w", n, line, err)
 		}
 	}
+	w.memory()
 	if len(w.errs) > 0 {
 		return w.out.String(), fmt.Errorf("%s", strings.Join(w.errs, "; "))
 	}

@@ -251,6 +251,22 @@ func ToIPv6(text string) string {
 	})
 }
 
+// memory checks that none is counted where nothing is kept.
+func (w *World) memory() {
+	used := uint64(0)
+	for _, m := range w.Engine.Limits() {
+		if m.Name == "kept_bytes_per_connection" && m.Used > 0 {
+			return
+		}
+		if m.Name == "kept_bytes" {
+			used = m.Used
+		}
+	}
+	if used > 0 {
+		w.fail(fmt.Sprintf("nothing is kept, and %d octets of memory are counted", used))
+	}
+}
+
 // Taken gives the octets that the two sides of a link have taken from each
 // other, local's over all of its sockets.
 func (w *World) Taken(name string) (local, remote []byte) {
