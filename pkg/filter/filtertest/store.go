@@ -40,6 +40,9 @@ func (s *Store) Apply(records []filter.Record) {
 	}
 }
 
+// Spools is of how many connections pieces of a spool are kept.
+func (s *Store) Spools() int { return len(s.chunks) }
+
 // Records gives everything kept, in a fixed order.
 func (s *Store) Records() (apps []filter.AppRecord, conns []filter.ConnRecord) {
 	for _, n := range slices.Sorted(maps.Keys(s.apps)) {

@@ -20,6 +20,7 @@ const app = "app"
 type agent struct {
 	w    *world
 	r    *rand.Rand
+	more *rand.Rand // what came later draws from it, so that a seed without that stays what it was
 	next func() (struct{}, bool)
 	stop func()
 	y    func(struct{}) bool

@@ -161,6 +161,9 @@ func (w *world) atEnd() {
 	if len(there) > 0 {
 		return
 	}
+	if n := w.store.Spools(); n > 0 {
+		w.fail("spools of %d connections are recorded at the end", n)
+	}
 	if len(w.node.flows) > 0 {
 		w.fail("%d translated flows are left over at the end", len(w.node.flows))
 	}

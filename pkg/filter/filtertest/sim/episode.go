@@ -3,6 +3,7 @@ package sim
 import (
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -37,6 +38,7 @@ func (a *agent) snapshot() bool {
 	}
 	a.soon()
 	freeze := &filter.SnapshotFreeze{App: app, Boundary: start.Boundary, Quiet: 1e6 + a.r.Int64N(50e6), PassCloses: true, AbortOnData: a.chance(10)}
+	a.spools(freeze)
 	if a.giveUpNow() {
 		return a.giveUp()
 	}
@@ -71,7 +73,22 @@ func (a *agent) snapshot() bool {
 	if _, err := a.insist(done); err != nil {
 		w.fail("SNAPSHOTDONE after a clean account: %v", err)
 	}
+	if freeze.Spool > 0 {
+		w.rep.Spools++
+	}
 	return true
+}
+
+// spools draws whether octets are spooled while the application is away. With
+// WakeFull a client may wait for its answer until the application is brought back
+// by hand, at the end of the hold.
+func (a *agent) spools(f *filter.SnapshotFreeze) {
+	size := int(math.Exp(a.more.Float64() * math.Log(256<<10)))
+	full, some := a.more.IntN(2) == 0, a.more.IntN(3) == 0
+	if some && !a.w.opt.NoSpool {
+		f.Spool, f.WakeFull = max(size, 1), full
+		a.w.trace.note("%d octets may be spooled, wake full %v", f.Spool, full)
+	}
 }
 
 // inStep gives how many octets the server has of each client that it has

@@ -49,6 +49,7 @@ type Options struct {
 	NoLate      bool      // no client comes after the first second
 	NoPlain     bool      // no client without options
 	NoKeep      bool      // no keepalive
+	NoSpool     bool      // nothing is spooled
 	Lines       int       // of the trace in an error [60]
 	Trace       io.Writer // takes the whole trace
 	Capture     *Capture  // takes what the remotes send and are sent
@@ -80,6 +81,7 @@ type Report struct {
 	AtLines                                 int // snapshots with boundary "line" that were taken
 	Restores, RestoreAborts, Crashes, Wakes int
 	Reboots                                 int
+	Spools                                  int // snapshots that were taken with one
 	DroppedDown, Outsiders, Again           int // connections from a port that was used before
 	Held                                    time.Duration
 	Reasons                                 [filter.NumReasons]int
@@ -151,6 +153,6 @@ func newWorld(seed uint64, opt Options) *world {
 		sndBuf: 16<<10 + r.IntN(1<<19), maxRetries: 15, outOfWin: 500 * time.Millisecond, cubic: r.IntN(2) == 0}
 	w.server = &server{w: w, sessions: map[netip.AddrPort]*session{}, backlog: 4 + r.IntN(60)}
 	w.newLocal(r.Uint64())
-	w.agent = &agent{w: w, r: w.rand(5)}
+	w.agent = &agent{w: w, r: w.rand(5), more: w.rand(9)}
 	return w
 }
