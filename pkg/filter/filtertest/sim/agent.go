@@ -31,7 +31,9 @@ type agent struct {
 	adoptAt  int64
 	every    time.Duration // between two looks at the sockets
 	snap     int
-	cut      bool // the snapshot under way was forced
+	late     int   // attempts in which connections did not come back in time
+	cut      bool  // the snapshot under way was forced
+	beatsFor int64 // how long heartbeats of the filter go on, 0: there are none
 }
 
 func (a *agent) run(script func()) {

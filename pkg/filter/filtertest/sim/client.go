@@ -39,8 +39,15 @@ type client struct {
 	shut       bool   // its side is closed
 	closed     bool   // the socket is closed
 	aborted    bool
-	eof        bool // it has seen the server's close
-	failed     bool // it could not connect
+	eof        bool   // it has seen the server's close
+	failed     bool   // it could not connect
+	beat       []byte // heartbeat that is to be written
+	beatOwed   bool   // it is not answered
+	beatLoud   bool   // and may wake the application
+	beatsSent  int
+	beatsGot   int
+	askLate    bool // the last request waits for the answer to a heartbeat
+	parser     parser
 	unfinished bool // see openHandshakes
 }
 
@@ -117,6 +124,9 @@ func (c *client) connecting() bool {
 	case tcp.StateEstablished, tcp.StateCloseWait:
 		c.connected = true
 		c.w.trace.note("client %d is connected", c.id)
+		if c.w.beats != nil {
+			c.w.clk.after(c.w.beats.every, c.beating)
+		}
 		c.next()
 		return true
 	case tcp.StateError, tcp.StateClose:
@@ -151,6 +161,9 @@ func (c *client) ask() {
 	if c.w.hushed() {
 		c.w.clk.after(100*time.Millisecond+time.Duration(c.r.Int64N(1e9)), c.ask)
 		return
+	}
+	if c.askLate = c.beatOwed && c.cur == len(c.plan.exchanges)-1; c.askLate {
+		return // the connection may end behind it
 	}
 	c.asked = true
 	c.allowed = c.plan.ends[c.cur]
@@ -203,7 +216,15 @@ func (c *client) reads() bool {
 			return did
 		}
 		did = true
-		if i := checkStream(b, c.plan.salt+1, c.got); i >= 0 || c.got+uint64(len(b)) > c.plan.down {
+		if h := c.w.beats; h != nil {
+			var ok bool
+			if b, ok = c.parser.data(b, [][]byte{h.reply, h.send}, c.beatGot); !ok {
+				c.w.fail("client %d (%v) got a broken heartbeat, or one that it did not ask for, at %d of %d", c.id, c.addr, c.got, c.plan.down)
+				c.closed = true
+				return true
+			}
+		}
+		if i := c.plan.check(b, downward, c.got); i >= 0 || c.got+uint64(len(b)) > c.plan.down {
 			c.w.fail("client %d (%v) got a wrong octet at %d of %d", c.id, c.addr, c.got+uint64(max(i, 0)), c.plan.down)
 			c.closed = true
 			return true
@@ -212,7 +233,7 @@ func (c *client) reads() bool {
 		if c.r.IntN(50) == 0 {
 			c.pause()
 		}
-		if c.cur < len(c.plan.exchanges) && c.got == c.plan.downEnds[c.cur] {
+		if len(b) > 0 && c.cur < len(c.plan.exchanges) && c.got == c.plan.downEnds[c.cur] {
 			c.cur++
 			c.next()
 		}
@@ -254,7 +275,7 @@ func (c *client) comeAgain() {
 	if w.calm || w.hushed() || !c.complete() {
 		return
 	}
-	n := &client{w: w, id: len(w.clients), plan: randomPlan(c.r, &w.opt), r: c.r, addr: c.addr, vip: c.vip, again: true,
+	n := &client{w: w, id: len(w.clients), plan: randomPlan(c.r, &w.opt, w.beats.mask()), r: c.r, addr: c.addr, vip: c.vip, again: true,
 		mss: c.mss, rcvBuf: c.rcvBuf, keepIdle: c.keepIdle, keepEvery: c.keepEvery, keepCount: c.keepCount, strip: c.strip}
 	w.clients = append(w.clients, n)
 	w.byAddr[n.addr] = n
@@ -265,9 +286,22 @@ func (c *client) comeAgain() {
 
 func (c *client) writes() bool {
 	did := false
+	for len(c.beat) > 0 {
+		n, err := c.sock.write(c.beat)
+		if err != nil {
+			c.closed = true
+			c.w.fail("client %d (%v) cannot write a heartbeat: %v", c.id, c.addr, err)
+			return true
+		}
+		if n == 0 {
+			return did
+		}
+		did = true
+		c.beat = c.beat[n:]
+	}
 	for c.sent < c.allowed {
 		b := make([]byte, min(c.allowed-c.sent, 16<<10))
-		fillStream(b, c.plan.salt, c.sent)
+		c.plan.fill(b, upward, c.sent)
 		n, err := c.sock.write(b)
 		if err != nil {
 			c.closed = true
@@ -303,7 +337,7 @@ func (c *client) speaks() bool {
 	if s == nil {
 		return !c.closed
 	}
-	return c.sent > s.got || c.shut && !s.eof
+	return c.sent > s.got || c.shut && !s.eof || c.beatLoud
 }
 
 // complete tells whether everything of the connection came to its end.

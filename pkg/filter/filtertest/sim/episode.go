@@ -19,7 +19,7 @@ func (a *agent) snapshot() bool {
 	w := a.w
 	w.rep.Snapshots++
 	start := &filter.SnapshotStart{App: app, Sockets: []filter.Socket{}, Listen: []uint16{port}}
-	if a.chance(4) { // the octets of the streams are no lines, but one in 256 ends one
+	if a.chance(4) && w.beats == nil { // the octets of the streams are no lines, but one in 256 ends one; heartbeats end none
 		start.Boundary = "line"
 	}
 	for _, i := range w.server.sockets() {
@@ -39,6 +39,7 @@ func (a *agent) snapshot() bool {
 	a.soon()
 	freeze := &filter.SnapshotFreeze{App: app, Boundary: start.Boundary, Quiet: 1e6 + a.r.Int64N(50e6), PassCloses: true, AbortOnData: a.chance(10)}
 	a.spools(freeze)
+	a.beats(freeze)
 	if a.giveUpNow() {
 		return a.giveUp()
 	}
@@ -117,7 +118,7 @@ func (w *world) atLines(had map[*client]uint64) {
 			continue
 		}
 		w.rep.Lines++
-		if octet(c.plan.salt, s.got-1) != '\n' {
+		if c.plan.octet(upward, s.got-1) != '\n' {
 			w.fail("client %d (%v) was frozen in the middle of a line, at octet %d, %d before the snapshot", c.id, c.addr, s.got, before)
 		}
 	}
@@ -266,6 +267,9 @@ func (a *agent) hold() {
 	if a.chance(3) {
 		d = min(d, logDuration(a.r, time.Millisecond, 10*time.Second))
 	}
+	if a.beatsFor != 0 {
+		d = time.Duration(min(int64(d), a.beatsFor))
+	}
 	w.hush = a.chance(2)
 	w.trace.note("held for %v at most, hush %v", time.Duration(d), w.hush)
 	if !w.opt.NoCrash && a.chance(8) {
@@ -379,6 +383,9 @@ func (a *agent) reconnect() bool {
 			}
 		}
 		a.sleep(2 * time.Millisecond)
+	}
+	if a.late++; a.late == 10 {
+		w.fail("connections do not come back: %+v", a.conns().Conns)
 	}
 	return false
 }

@@ -20,7 +20,7 @@ func (w *world) makeClients(r *rand.Rand) {
 		maxRetries: 1 << 30, outOfWin: 500 * time.Millisecond, cubic: r.IntN(2) == 0}
 	w.cubic = conf.cubic
 	for i := range n {
-		c := &client{w: w, id: i, plan: randomPlan(r, &w.opt), r: w.rand(uint64(1000 + i))}
+		c := &client{w: w, id: i, plan: randomPlan(r, &w.opt, w.beats.mask()), r: w.rand(uint64(1000 + i))}
 		v6 := r.IntN(3) == 0
 		a, vip := netip.MustParseAddr(fmt.Sprintf("10.0.1.%d", 1+i)), w.vips[0]
 		if v6 {
@@ -221,7 +221,7 @@ func (w *world) complete(stall int64) {
 func (w *world) moved() uint64 {
 	n := uint64(0)
 	for _, c := range w.clients {
-		n += c.sent + c.got
+		n += c.sent + c.got + uint64(c.beatsGot)
 		if c.closed || c.failed {
 			n++
 		}

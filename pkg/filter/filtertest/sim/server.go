@@ -39,6 +39,9 @@ type session struct {
 	reset  bool
 
 	lazyTill int64 // it does not read before then
+
+	parser parser
+	owed   []byte // answers to heartbeats
 }
 
 // served is a socket of the present process.
@@ -183,9 +186,21 @@ func (v *server) serve(k *served) bool {
 		}
 		break
 	}
+	for len(s.owed) > 0 {
+		n, err := k.write(s.owed)
+		if err != nil {
+			return v.lost(k, err)
+		}
+		if n == 0 {
+			return did
+		}
+		did = true
+		s.owed = s.owed[n:]
+		v.wrote(k, n)
+	}
 	for s.sent < s.ready {
 		b := make([]byte, min(s.ready-s.sent, 16<<10))
-		fillStream(b, c.plan.salt+1, s.sent)
+		c.plan.fill(b, downward, s.sent)
 		n, err := k.write(b)
 		if err != nil {
 			return v.lost(k, err)
@@ -195,11 +210,9 @@ func (v *server) serve(k *served) bool {
 		}
 		did = true
 		s.sent += uint64(n)
-		if t := v.w.shim.socks[k.key]; t != nil {
-			t.written += uint32(n)
-		}
+		v.wrote(k, n)
 	}
-	all := s.sent == c.plan.down && s.cur == len(c.plan.exchanges)
+	all := len(s.owed) == 0 && s.sent == c.plan.down && s.cur == len(c.plan.exchanges)
 	if s.eof || all && c.plan.end == serverCloses {
 		if s.eof && s.got != c.plan.up && !c.aborted {
 			v.w.fail("the server saw the end of client %d (%v) after %d of %d octets", c.id, c.addr, s.got, c.plan.up)
@@ -215,13 +228,31 @@ func (v *server) serve(k *served) bool {
 	return did
 }
 
+// wrote counts octets that the socket has taken.
+func (v *server) wrote(k *served, n int) {
+	if t := v.w.shim.socks[k.key]; t != nil {
+		t.written += uint32(n)
+	}
+}
+
 // took takes octets of a client; false when they are wrong.
 func (v *server) took(k *served, b []byte) bool {
 	s, c := k.s, k.s.c
 	if t := v.w.shim.socks[k.key]; t != nil {
 		t.read += uint32(len(b))
 	}
-	if i := checkStream(b, c.plan.salt, s.got); i >= 0 || s.got+uint64(len(b)) > c.sent {
+	if h := v.w.beats; h != nil {
+		var ok bool
+		b, ok = s.parser.data(b, [][]byte{h.ask}, func(byte) bool {
+			s.owed = append(slices.Clip(s.owed), h.reply...) // a copy may be kept with the snapshot
+			return true
+		})
+		if !ok {
+			v.w.fail("the server got a broken heartbeat of client %d (%v) at %d", c.id, c.addr, s.got)
+			return false
+		}
+	}
+	if i := c.plan.check(b, upward, s.got); i >= 0 || s.got+uint64(len(b)) > c.sent {
 		v.w.fail("the server got a wrong octet of client %d (%v) at %d", c.id, c.addr, s.got+uint64(max(i, 0)))
 		return false
 	}

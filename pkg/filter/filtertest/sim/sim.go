@@ -50,6 +50,7 @@ type Options struct {
 	NoPlain     bool      // no client without options
 	NoKeep      bool      // no keepalive
 	NoSpool     bool      // nothing is spooled
+	NoBeats     bool      // no heartbeats
 	Lines       int       // of the trace in an error [60]
 	Trace       io.Writer // takes the whole trace
 	Capture     *Capture  // takes what the remotes send and are sent
@@ -82,6 +83,7 @@ type Report struct {
 	Restores, RestoreAborts, Crashes, Wakes int
 	Reboots                                 int
 	Spools                                  int // snapshots that were taken with one
+	Beats, Sends                            int // heartbeats of clients; those of the filter that they got
 	DroppedDown, Outsiders, Again           int // connections from a port that was used before
 	Held                                    time.Duration
 	Reasons                                 [filter.NumReasons]int
@@ -148,6 +150,7 @@ func newWorld(seed uint64, opt Options) *world {
 	}}
 	w.down = &link{w: w, r: w.rand(3), q: randomQuality(r, &opt), deliver: func(b []byte) { w.remote.inject(b) }}
 	w.down.q.delay = w.up.q.delay
+	w.beats = drawBeats(w.rand(10), &opt)
 	w.makeClients(w.rand(4))
 	w.localConf = hostConfig{addrs: w.vips, mtu: localMTU, sack: r.IntN(4) != 0, rcvBuf: 16<<10 + r.IntN(1<<20),
 		sndBuf: 16<<10 + r.IntN(1<<19), maxRetries: 15, outOfWin: 500 * time.Millisecond, cubic: r.IntN(2) == 0}

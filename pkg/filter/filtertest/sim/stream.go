@@ -38,6 +38,7 @@ type plan struct {
 	ends      []uint64 // of requests, in the upward stream
 	downEnds  []uint64 // of replies
 	salt      byte
+	mask      byte // of data
 }
 
 func (p *plan) add(x exchange) {
@@ -48,19 +49,24 @@ func (p *plan) add(x exchange) {
 	p.downEnds = append(p.downEnds, p.down)
 }
 
-// octet is the one that belongs at offset off of a stream.
-func octet(salt byte, off uint64) byte { return byte(off) ^ byte(off>>8)*31 ^ byte(off>>16)*7 ^ salt }
+// The two streams of a connection.
+const upward, downward = 0, 1
 
-func fillStream(b []byte, salt byte, off uint64) {
+// octet is the one that belongs at offset off of a stream.
+func (p *plan) octet(stream byte, off uint64) byte {
+	return (byte(off) ^ byte(off>>8)*31 ^ byte(off>>16)*7 ^ (p.salt + stream)) & p.mask
+}
+
+func (p *plan) fill(b []byte, stream byte, off uint64) {
 	for i := range b {
-		b[i] = octet(salt, off+uint64(i))
+		b[i] = p.octet(stream, off+uint64(i))
 	}
 }
 
-// checkStream gives the index of the first wrong octet, -1 when there is none.
-func checkStream(b []byte, salt byte, off uint64) int {
+// check gives the index of the first wrong octet, -1 when there is none.
+func (p *plan) check(b []byte, stream byte, off uint64) int {
 	for i := range b {
-		if b[i] != octet(salt, off+uint64(i)) {
+		if b[i] != p.octet(stream, off+uint64(i)) {
 			return i
 		}
 	}
@@ -68,8 +74,8 @@ func checkStream(b []byte, salt byte, off uint64) int {
 }
 
 // randomPlan draws a plan.
-func randomPlan(r *rand.Rand, o *Options) *plan {
-	p := &plan{salt: byte(r.Uint32())}
+func randomPlan(r *rand.Rand, o *Options, mask byte) *plan {
+	p := &plan{salt: byte(r.Uint32()), mask: mask}
 	size := func(most int) int { return 1 + r.IntN(1+r.IntN(1+r.IntN(most))) }
 	n := 1 + r.IntN(40)
 	bulk := !o.NoBulk && r.IntN(4) == 0

@@ -40,6 +40,7 @@ type world struct {
 	byAddr     map[netip.AddrPort]*client
 	server     *server
 	agent      *agent
+	beats      *beats // nil: none
 
 	engine      *filter.Engine // nil: no filter runs
 	fx          filter.Effects
