@@ -154,6 +154,15 @@ func (e *Engine) sayAgain(now Time, c *conn, fx *Effects) {
 	if len(c.own) == 0 {
 		return
 	}
+	if !c.learned && !c.app.state.Away() {
+		// Behind a restart local's clock is not known, and the remote refuses one that
+		// is older than what local has said since.
+		c.ownTries = min(c.ownTries+1, 16)
+		c.ownAt = now + min(ownFirst<<c.ownTries, ownLast)
+		e.at(c.ownAt)
+		e.askBlind(c, fx)
+		return
+	}
 	sp := c.ep.Ack()
 	sp.Flags |= packet.PSH
 	most := int(max(c.ep.Opt.MSS, 536)) - 12
