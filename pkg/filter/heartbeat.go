@@ -223,7 +223,8 @@ func (e *Engine) beatDue(now Time, c *conn, fx *Effects) {
 		return
 	}
 	h := &c.app.heartbeats[c.beatOf]
-	if c.beats() && len(c.own) == 0 && (c.ep.Closed || !h.OnlyClosed) && c.canSay(len(h.Send)) {
+	over := c.finIn || c.keptFin // a remote that reads no more answers octets with RST
+	if c.beats() && !over && len(c.own) == 0 && (c.ep.Closed || !h.OnlyClosed) && c.canSay(len(h.Send)) {
 		e.say(now, c, h.Send, fx)
 	}
 	e.beat(now, c)

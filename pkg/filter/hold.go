@@ -197,6 +197,7 @@ func (e *Engine) heldReset(c *conn, fx *Effects) {
 		e.endSpool(c, fx)
 	}
 	e.unkeep(c)
+	c.own, c.ownAt = nil, 0
 	c.answered()
 	switch c.state {
 	case appstate.Closing:

@@ -346,5 +346,9 @@ func (c *client) complete() bool {
 		return true
 	}
 	s := c.s
-	return c.closed && c.got == c.plan.down && s != nil && s.got == c.plan.up && s.closed
+	if s == nil || !c.closed || c.got != c.plan.down || s.got != c.plan.up {
+		return false
+	}
+	// Octets that the filter says when the client has closed are answered with RST.
+	return s.closed || s.reset && s.sent == c.plan.down && c.w.beats != nil && c.w.beats.sent
 }
