@@ -28,6 +28,8 @@ func FuzzStep(f *testing.F) {
 	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 2, 1, 3, 2, 4, 50, 249, 0, 2, 3, 249, 0, 2, 4, 249, 0, 0, 0x10, 0, 1, 0, 0, 2, 5, 249, 0, 2, 5, 4, 200, 2, 7, 249, 0, 249, 8})
 	f.Add([]byte{2, 13, 7, 2, 1, 0, 0x18, 0, 1, 0, 0, 2, 0, 0, 1, 1, 2, 15, 2, 15, 2, 14, 3, 2, 15, 249, 0, 2, 3, 2, 4, 2, 13, 0x45, 2, 9, 2, 13, 0x80, 3, 255, 2, 15})
 	f.Add([]byte{0, 2, 2, 0, 0, 0, 1, 0x12, 2, 0, 0, 0, 2, 13, 0x4f, 2, 14, 0x83, 32, 0x11, 2, 1, 0, 2, 0, 2, 15, 2, 9, 2, 0, 249, 9, 2, 13, 0})
+	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 1, 0, 1, 0, 0x10, 0, 1, 1, 1, 2, 1, 1, 0x10, 0, 1, 1, 1, 2, 15, 2, 14, 9, 0xa0, 2, 15, 2, 3, 2, 132, 2, 15, 160, 0x18, 0, 1, 1, 1, 0, 0x11, 0, 1, 6, 1, 249, 0, 3, 255,
+		2, 5, 2, 6, 66, 0x12, 0, 1, 50, 1, 3, 30, 2, 7, 66, 0x10, 0, 1, 51, 3, 2, 15, 2, 1, 2, 15, 2, 14, 9, 0x20, 2, 15, 0, 4, 0, 1, 7, 1, 249, 0, 2, 9})
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) > 4096 {
 			return
@@ -119,7 +121,11 @@ func play(t *testing.T, in []byte) uint64 {
 				adopt(now, next(), conn, req)
 			case 14:
 				op := next()
-				req(&filter.SnapshotFreeze{App: "a", Boundary: []string{"turn", "now"}[op&1], Quiet: int64(op>>4) * 1e7, PassCloses: op&2 != 0, AbortOnData: op&4 != 0})
+				b := &filter.SnapshotFreeze{App: "a", Boundary: []string{"turn", "now"}[op&1], Quiet: int64(op>>4) * 1e7, PassCloses: op&2 != 0, AbortOnData: op&4 != 0}
+				if op&8 != 0 {
+					speaks(b, next())
+				}
+				req(b)
 			case 15:
 				now = max(now, e.NextDeadline())
 				step(filter.Event{})
@@ -139,6 +145,18 @@ func play(t *testing.T, in []byte) uint64 {
 		}
 	}
 	return sum
+}
+
+// speaks has the filter take octets, and speak heartbeats, by the bits of op.
+func speaks(b *filter.SnapshotFreeze, op byte) {
+	b.Spool, b.WakeFull = int(op&0x3f), op&0x40 != 0
+	if op&0x80 != 0 {
+		h := filter.Heartbeat{Match: []byte{op}, Reply: []byte("ok"), Send: []byte("beat"), Interval: 1e9, OnlyClosed: op&1 != 0}
+		for _, r := range fuzzRemotes {
+			h.Remote = netip.PrefixFrom(r, 8)
+			b.Heartbeats = append(b.Heartbeats, h)
+		}
+	}
 }
 
 // whole fails where b is not a segment that a receiver takes.

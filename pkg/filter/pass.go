@@ -361,6 +361,10 @@ func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *E
 		e.handshakeOut(c, p.Hook, fx)
 		return
 	}
+	if a.sealed && a.state != appstate.SnapshotFreeze && !c.fresh && !s.Has(packet.SYN) { // it was on its way behind routing
+		e.sealedOut(now, c, fx)
+		return
+	}
 	if s.Has(packet.SYN) {
 		fx.accept(HandshakePass)
 		switch {
