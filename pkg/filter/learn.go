@@ -251,6 +251,10 @@ var askPayload = [1]byte{0}
 // isAnswer tells whether s, an empty segment in local's view, answers an ask,
 // and learns from it. Such a segment is for us alone.
 func (e *Engine) isAnswer(now Time, c *conn, s *packet.Segment, fx *Effects) bool {
+	if c.asking && c.handshake && !c.ackSeen && !c.learned && s.Flags&(packet.RST|packet.ACK) == packet.RST && s.Seq == c.iss.Add(1) {
+		c.answered() // local has answered the SYN with a cookie and knows no connection yet
+		return true
+	}
 	if c.asks == 0 || s.Flags&^(packet.ECE|packet.CWR) != packet.ACK || s.PayloadLen() != 0 {
 		return false
 	}
