@@ -84,11 +84,21 @@ func (n *Node) save() error {
 	err := n.journal.Apply(n.unsaved)
 	if err != nil { // tried again with the next record, and before a request is answered
 		n.unsaved, n.owed, n.unsavedAt = newest(n.unsaved), true, now()
+		n.spool(false)
 		return fmt.Errorf("the journal cannot be written, a filter that starts anew would not know of this: %w", err)
 	}
 	clear(n.unsaved)
 	n.unsaved, n.owed, n.unsavedAt = n.unsaved[:0], false, 0
+	n.spool(true)
 	return nil
+}
+
+// spool tells the engine whether what it acknowledges for an application that is
+// away would outlive it.
+func (n *Node) spool(on bool) {
+	if n.engine != nil {
+		n.engine.Spool(on)
+	}
 }
 
 // newest leaves the last entry of each key, and no piece of a spool that is

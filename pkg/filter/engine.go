@@ -51,6 +51,7 @@ type Engine struct {
 	conns   map[ConnID]*conn    // as the remote sees them
 	alias   map[ConnID]*conn    // as local sees those whose port is translated
 	flows   map[flowKey]int     // translated connections of each entry in the set
+	noSpool bool                // records cannot be kept
 	kept    int                 // octets of memory for payload
 	syns    int                 // kept, of all applications
 	rng     uint64

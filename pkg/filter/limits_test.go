@@ -3,6 +3,7 @@ package filter_test
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
@@ -293,3 +294,28 @@ request RESTORECONN c1
 advance 20ms
 silent on
 request RESTORED`
+
+// While records cannot be kept nothing is acknowledged into a spool: the remote
+// waits, and the application is woken.
+func TestSpoolWithoutRecords(t *testing.T) {
+	w := filtertest.New()
+	held, _, _ := strings.Cut(heldSpool, "newlocal")
+	if err := w.Play(held); err != nil {
+		t.Fatal(err)
+	}
+	had := w.Acknowledged("c1")
+	w.Engine.Spool(false)
+	if err := w.Play(`remote c1 ACK data "more"`); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.Acknowledged("c1"); got != had {
+		t.Errorf("%d octets were acknowledged with nothing on the disk", got-had)
+	}
+	w.Engine.Spool(true)
+	if err := w.Play(`remote c1 ACK seq -4 data "more"`); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.Acknowledged("c1"); got != had+4 {
+		t.Errorf("%d octets were acknowledged, want 4", got-had)
+	}
+}

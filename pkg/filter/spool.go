@@ -23,6 +23,10 @@ type Chunk struct {
 	Data []byte
 }
 
+// Spool tells whether records can be kept. While they cannot, nothing more is
+// acknowledged into spools: remotes wait with their data.
+func (e *Engine) Spool(on bool) { e.noSpool = !on }
+
 // spools tells whether octets of c are acknowledged while its application is away.
 func (c *conn) spools() bool {
 	s := c.app.state
@@ -62,6 +66,10 @@ func (e *Engine) spoolNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effe
 func (e *Engine) spool(c *conn, s *packet.Segment, fx *Effects) bool {
 	if c.ep.RcvNxt.Less(s.Seq) || c.keptFin {
 		return false // behind a hole: the remote sends it again
+	}
+	if e.noSpool {
+		c.ep.Closed = true
+		return false
 	}
 	p := s.Payload()
 	p = p[min(int(c.ep.RcvNxt.Size(s.Seq)), len(p)):]
