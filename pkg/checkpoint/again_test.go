@@ -14,6 +14,7 @@ import (
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
@@ -356,5 +357,33 @@ func TestResumeSealRefused(t *testing.T) {
 		if w.state != want || w.frozen {
 			t.Errorf("gone %v: state %s, frozen %v: %s", gone, w.state, w.frozen, w.trace())
 		}
+	}
+}
+
+// An old socket that swallows the handshake of its successor is ended, and the
+// handshake tried again at once; a socket of a connection that is back is not.
+func TestStaleSocket(t *testing.T) {
+	now := time.Unix(1000, 0)
+	p := newPacer(func() time.Time { return now })
+	conn := func(remote, state string) *pb.ConnInfo {
+		return &pb.ConnInfo{Local: "10.0.0.100:6379", Remote: remote, Role: control.RolePassive, State: state, Restorable: state == control.ConnRestoring}
+	}
+	conns := []*pb.ConnInfo{conn("198.51.100.7:30000", control.ConnRestoring), conn("198.51.100.7:30001", control.ConnRestoring)}
+	listener := sockdiag.Socket{Local: netip.MustParseAddrPort("10.0.0.100:6379"), State: sockdiag.Listen, SendQ: 511}
+	p.observe(conns, nil)
+	if got := p.next([]sockdiag.Socket{listener}, everyOne); len(got) != 2 {
+		t.Fatalf("%d handshakes begun", len(got))
+	}
+	socks := []sockdiag.Socket{
+		{Local: listener.Local, Remote: netip.MustParseAddrPort("198.51.100.7:30000"), State: sockdiag.TimeWait},
+		{Local: listener.Local, Remote: netip.MustParseAddrPort("198.51.100.7:30001"), State: sockdiag.FinWait1},
+	}
+	conns[1].State, conns[1].Restorable = control.ConnConnect, false // the application has closed it
+	p.observe(conns, socks)
+	if got := p.stale(socks); len(got) != 1 || got[0].Remote.Port() != 30000 {
+		t.Errorf("stale: %v", got)
+	}
+	if got := p.next([]sockdiag.Socket{listener}, everyOne); len(got) != 1 || got[0].Remote != "198.51.100.7:30000" {
+		t.Errorf("tried again: %v", got)
 	}
 }

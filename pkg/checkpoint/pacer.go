@@ -99,6 +99,23 @@ func (p *pacer) finish(name string) {
 	p.done++
 }
 
+// stale gives old sockets of connections that are not back: one that was in
+// FIN_WAIT1 can have come to TIME_WAIT between the look at the old sockets and
+// their end, and would swallow every handshake.
+func (p *pacer) stale(socks []sockdiag.Socket) []sockdiag.Socket {
+	var out []sockdiag.Socket
+	for _, k := range socks {
+		switch k.State {
+		case sockdiag.FinWait1, sockdiag.FinWait2, sockdiag.Closing, sockdiag.LastAck, sockdiag.TimeWait:
+			if e := p.left[pairName(k.Local.String(), k.Remote.String())]; e != nil && !e.active {
+				e.started = time.Time{} // tried again at once
+				out = append(out, k)
+			}
+		}
+	}
+	return out
+}
+
 // handshaken tells that the application's side finished the handshake,
 // whatever it did since.
 func handshaken(s sockdiag.State) bool {

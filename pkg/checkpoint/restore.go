@@ -273,6 +273,11 @@ func (r *restoreRun) pace(p *pacer) (bool, error) {
 		return false, err
 	}
 	p.observe(info.Conns, socks)
+	for _, k := range p.stale(socks) {
+		if err := r.socks.Destroy(k); err != nil {
+			return false, fmt.Errorf("old socket %s: %w", k, err)
+		}
+	}
 	r.op.note("%d of %d connections re-established", p.done, p.done+len(p.left))
 	if len(p.left) == 0 || r.lonely(p) {
 		return true, nil
