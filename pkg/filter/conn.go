@@ -508,6 +508,8 @@ func (c *conn) missing(now Time) string {
 		return ""
 	case c.state == appstate.SynRcvd && c.learned: // local spoke, and did not answer that SYN
 		return "local has a connection there that is not known yet"
+	case c.state == appstate.SynSent && c.reloaded && !c.app.sealed: // an earlier filter saw the SYN, maybe its answer too
+		return "it is not known whether local has a connection there"
 	case c.state == appstate.Connect && !c.alive():
 		if !c.listed && c.handshake && now-c.app.since < unsureFor {
 			return "it is not known yet whether its handshake has come to an end"

@@ -306,10 +306,12 @@ func (e *Engine) apply(now Time, r *Request, a *app, fx *Effects) (res any, err 
 
 // seal seals at once; after a restart of the filter it waits until local has told
 // its numbers again: they were accounted for with the filter before, and nobody
-// asks behind the seal.
+// asks behind the seal. So it does for a connection of local that its remote has
+// answered since everything was accounted for.
 func (e *Engine) seal(now Time, r *Request, b *Seal, a *app) (res any, err error, wait bool) {
 	const learnAgain = 3e9
-	if !a.restarted || a.sealed || len(a.unaccounted(now)) == 0 {
+	late := a.restarted || slices.ContainsFunc(a.conns, func(c *conn) bool { return c.role == appstate.Active && c.created >= a.froze })
+	if !late || a.sealed || len(a.unaccounted(now)) == 0 {
 		res, err = a.seal()
 		return res, err, false
 	}
@@ -324,7 +326,7 @@ func (e *Engine) sealedAgain(now Time, p *pending, fx *Effects) bool {
 	if lacking := a.unaccounted(now); len(lacking) == 0 {
 		reply.Body, reply.Err = a.seal()
 	} else if now >= p.deadline {
-		reply.Err = &Error{App: a.name, State: a.state, Text: "SEAL refused: the filter was started anew during the snapshot, and connections are not accounted for since", Conns: lacking}
+		reply.Err = &Error{App: a.name, State: a.state, Text: "SEAL refused: the filter was started anew during the snapshot, or connections were opened, which are not accounted for since", Conns: lacking}
 	} else {
 		return false
 	}
