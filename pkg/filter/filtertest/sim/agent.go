@@ -31,6 +31,7 @@ type agent struct {
 	adoptAt  int64
 	every    time.Duration // between two looks at the sockets
 	snap     int
+	missing  bool  // connections that the application has closed wait for it
 	late     int   // attempts in which connections did not come back in time
 	cut      bool  // the snapshot under way was forced
 	beatsFor int64 // how long heartbeats of the filter go on, 0: there are none
@@ -97,6 +98,9 @@ func (a *agent) wanted() {
 		speaks := false
 		for _, c := range w.clients {
 			speaks = speaks || c.speaks()
+		}
+		for _, d := range w.dials {
+			speaks = speaks || d.speaks()
 		}
 		if !speaks {
 			w.fail("the application is woken up although no remote has said anything")

@@ -46,6 +46,14 @@ func (k *checker) leaves(b []byte) {
 		return
 	}
 	w.trace.packet("leaves", "", b)
+	if d := w.byDial[s.Dst]; d != nil {
+		if s.Flags&(packet.SYN|packet.ACK) == packet.SYN && d.sent > 0 {
+			w.fail("a SYN for connection %d of the application (%v), which is open, leaves the node", d.id, d.to)
+		}
+		if s.PayloadLen() > 0 {
+			d.port = s.Src.Port() // an attempt that was given up may have had another one
+		}
+	}
 	c := w.byAddr[s.Dst]
 	if c == nil {
 		return
@@ -120,6 +128,12 @@ func (w *world) flowKeys() []flowKey {
 
 // atEnd checks that nothing is left when everything has ended.
 func (w *world) atEnd() {
+	for _, d := range w.dials {
+		if !d.complete() {
+			w.fail("did not come to its end: %v", d)
+			return
+		}
+	}
 	for _, c := range w.clients {
 		if !c.complete() {
 			s := c.s

@@ -279,6 +279,7 @@ func (a *agent) hold() {
 	a.wait(w.clk.time()+int64(d), func() bool { return a.wake })
 	w.rep.Held += time.Duration(d)
 	w.hush = false
+	w.remote.settle()
 	a.soon()
 }
 
@@ -294,6 +295,7 @@ func (a *agent) restore() bool {
 	w.clearOld(a.r)
 	a.sleep(logDuration(a.r, time.Millisecond, 5*time.Second))
 	w.server.start()
+	a.dialAgain()
 	if !w.opt.NoAborts && a.chance(10) {
 		a.soon()
 		return a.unrestore()
@@ -302,7 +304,7 @@ func (a *agent) restore() bool {
 		if !a.reconnect() || !w.opt.NoAborts && a.chance(15) {
 			return a.unrestore()
 		}
-		_, err := a.insist(&filter.Restored{App: app})
+		_, err := a.insist(&filter.Restored{App: app, ResetMissing: a.missing})
 		var refused *filter.Error
 		var se *appstate.StateError
 		switch {
@@ -330,6 +332,7 @@ func (a *agent) unrestore() bool {
 	}
 	w.server.kill()
 	w.server.back()
+	w.remote.settle()
 	a.soon()
 	if _, err := a.insist(&filter.RestoreAbort{App: app}); err != nil {
 		w.fail("RESTOREABORT: %v", err)
@@ -351,12 +354,20 @@ func (a *agent) reconnect() bool {
 		}
 		room := w.server.backlog / 2
 		left := 0
+		a.missing = false
 		var batch []filter.ConnID
 		for _, c := range l.Conns {
 			if !c.Restorable && c.State != appstate.Restoring {
 				continue
 			}
+			if w.overAtHome(&c) {
+				a.missing = true
+				continue
+			}
 			left++
+			if c.Role == appstate.Active {
+				continue
+			}
 			at, ok := started[c.ID]
 			switch {
 			case ok && w.clk.time()-at < again:

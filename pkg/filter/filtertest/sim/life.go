@@ -56,7 +56,8 @@ func (w *world) makeClients(r *rand.Rand) {
 		w.clients = append(w.clients, c)
 		w.byAddr[c.addr] = c
 	}
-	w.rep.Clients = n
+	conf.addrs = append(conf.addrs, w.makeDials(w.rand(11))...)
+	w.rep.Clients, w.rep.Dials = n, len(w.dials)
 	w.remote = newHost(&hostClock{w.clk, func() *host { return w.remote }}, r.Uint64(), conf, func(b []byte) {
 		w.remoteSends(b)
 	})
@@ -65,8 +66,12 @@ func (w *world) makeClients(r *rand.Rand) {
 		for _, c := range w.clients {
 			did = c.pump() || did
 		}
+		for _, d := range w.dials {
+			did = d.pumpFar() || did
+		}
 		return did
 	}
+	w.listen()
 }
 
 // randomStrip draws the options that a middle box takes away.
@@ -175,6 +180,7 @@ func (w *world) calmFor() time.Duration {
 func (w *world) play() {
 	w.engine = filter.New(filter.Config{Seed: w.seed << 8})
 	w.server.start()
+	w.server.dials = true
 	w.agent.run(w.agent.script)
 	w.plagues()
 	const stall, linger = int64(5 * time.Minute), int64(6 * time.Minute)
@@ -220,6 +226,9 @@ func (w *world) complete(stall int64) {
 // moved is a measure of what has come about.
 func (w *world) moved() uint64 {
 	n := uint64(0)
+	for _, d := range w.dials {
+		n += d.sent + d.got + d.farGot
+	}
 	for _, c := range w.clients {
 		n += c.sent + c.got + uint64(c.beatsGot)
 		if c.closed || c.failed {
@@ -233,6 +242,11 @@ func (w *world) moved() uint64 {
 }
 
 func (w *world) allComplete() bool {
+	for _, d := range w.dials {
+		if !d.complete() {
+			return false
+		}
+	}
 	for _, c := range w.clients {
 		if !c.complete() {
 			return false

@@ -22,6 +22,7 @@ type server struct {
 	socks     []*served
 	sessions  map[netip.AddrPort]*session
 	up        bool // its process runs
+	dials     bool // and opens connections
 	stopped   bool // and is stopped (SIGSTOP)
 	backlog   int
 	kept      map[netip.AddrPort]session // sessions as they were at the snapshot
@@ -71,7 +72,7 @@ func (v *server) start() {
 // kill ends the process: the kernel closes its sockets.
 func (v *server) kill() {
 	v.w.trace.note("the server is killed")
-	v.up = false
+	v.up, v.dials = false, false
 	for _, l := range v.listeners {
 		l.ep.Close()
 	}
@@ -81,12 +82,18 @@ func (v *server) kill() {
 		k.ep.Close()
 	}
 	v.socks = nil
+	for _, d := range v.w.dials {
+		d.hangUp()
+	}
 	v.w.local.settle()
 }
 
 // keep stores what the application knows, as its snapshot does.
 func (v *server) keep() {
 	v.kept = map[netip.AddrPort]session{}
+	for _, d := range v.w.dials {
+		d.keep()
+	}
 	for a, s := range v.sessions {
 		v.kept[a] = *s
 	}
@@ -95,6 +102,9 @@ func (v *server) keep() {
 // back takes the application back to its snapshot: what a process said that
 // was ended before RESTORED, nobody has heard.
 func (v *server) back() {
+	for _, d := range v.w.dials {
+		d.back()
+	}
 	for a, s := range v.sessions {
 		k, ok := v.kept[a]
 		if !ok {
@@ -126,6 +136,9 @@ func (v *server) pump() bool {
 	}
 	for _, k := range v.socks {
 		did = v.serve(k) || did
+	}
+	for _, d := range v.w.dials {
+		did = d.pump() || did
 	}
 	v.socks = slices.DeleteFunc(v.socks, func(k *served) bool { return k.s.closed || k.s.reset })
 	return did
@@ -196,7 +209,7 @@ func (v *server) serve(k *served) bool {
 		}
 		did = true
 		s.owed = s.owed[n:]
-		v.wrote(k, n)
+		v.w.shim.wrote(k.key, n)
 	}
 	for s.sent < s.ready {
 		b := make([]byte, min(s.ready-s.sent, 16<<10))
@@ -210,7 +223,7 @@ func (v *server) serve(k *served) bool {
 		}
 		did = true
 		s.sent += uint64(n)
-		v.wrote(k, n)
+		v.w.shim.wrote(k.key, n)
 	}
 	all := len(s.owed) == 0 && s.sent == c.plan.down && s.cur == len(c.plan.exchanges)
 	if s.eof || all && c.plan.end == serverCloses {
@@ -228,19 +241,10 @@ func (v *server) serve(k *served) bool {
 	return did
 }
 
-// wrote counts octets that the socket has taken.
-func (v *server) wrote(k *served, n int) {
-	if t := v.w.shim.socks[k.key]; t != nil {
-		t.written += uint32(n)
-	}
-}
-
 // took takes octets of a client; false when they are wrong.
 func (v *server) took(k *served, b []byte) bool {
 	s, c := k.s, k.s.c
-	if t := v.w.shim.socks[k.key]; t != nil {
-		t.read += uint32(len(b))
-	}
+	v.w.shim.read(k.key, len(b))
 	if h := v.w.beats; h != nil {
 		var ok bool
 		b, ok = s.parser.data(b, [][]byte{h.ask}, func(byte) bool {
@@ -326,7 +330,7 @@ func (v *server) sockets() []sockInfo {
 		i.CloseWait = st == tcp.StateCloseWait
 		i.LocalClosed = st == tcp.StateFinWait1 || st == tcp.StateFinWait2 || st == tcp.StateClosing || st == tcp.StateLastAck
 		i.RemoteClosed = st == tcp.StateClosing || st == tcp.StateLastAck
-		i.Passive = true
+		i.Passive = id.LocalPort == port
 		if t := v.w.shim.socks[key]; t != nil {
 			v.queues(&i, t, now)
 		}
@@ -356,6 +360,9 @@ func (v *server) queues(i *sockInfo, t *track, now int64) {
 	}
 	if i.LocalClosed && i.state != tcp.StateFinWait2 && acked <= t.written {
 		i.sendQ++
+	}
+	if d := v.w.byDial[i.ID.Remote]; i.CloseWait && d != nil && !d.eof {
+		i.recvQ++
 	}
 	if s := v.sessions[i.ID.Remote]; i.CloseWait && s != nil && !s.eof {
 		i.recvQ++

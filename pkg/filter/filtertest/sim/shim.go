@@ -34,6 +34,20 @@ type track struct {
 	established     bool
 }
 
+// wrote counts octets that the socket has taken from the application.
+func (h *shim) wrote(remote netip.AddrPort, n int) {
+	if t := h.socks[remote]; t != nil {
+		t.written += uint32(n)
+	}
+}
+
+// read counts those that the application has taken from it.
+func (h *shim) read(remote netip.AddrPort, n int) {
+	if t := h.socks[remote]; t != nil {
+		t.read += uint32(n)
+	}
+}
+
 // inbound sees b, which goes to the local stack.
 func (h *shim) inbound(b []byte) {
 	h.dsack = nil
@@ -47,6 +61,12 @@ func (h *shim) inbound(b []byte) {
 	}
 	t := h.socks[s.Src]
 	if t == nil || !s.ChecksumOK() {
+		return
+	}
+	if s.Flags&(packet.SYN|packet.ACK) == packet.SYN|packet.ACK { // of a connection that local opens
+		if !t.established && s.Ack == t.nxt {
+			t.rcv, t.opt, t.una, t.established = s.Seq.Add(1), s.Opt, s.Ack, true
+		}
 		return
 	}
 	const near = 1 << 21 // an acknowledgement in a segment outside the window counts for nothing

@@ -51,6 +51,7 @@ type Options struct {
 	NoKeep      bool      // no keepalive
 	NoSpool     bool      // nothing is spooled
 	NoBeats     bool      // no heartbeats
+	NoDials     bool      // the application opens no connections
 	Lines       int       // of the trace in an error [60]
 	Trace       io.Writer // takes the whole trace
 	Capture     *Capture  // takes what the remotes send and are sent
@@ -83,6 +84,7 @@ type Report struct {
 	Restores, RestoreAborts, Crashes, Wakes int
 	Reboots                                 int
 	Spools                                  int // snapshots that were taken with one
+	Dials                                   int // connections that the application opens
 	Beats, Sends                            int // heartbeats of clients; those of the filter that they got
 	DroppedDown, Outsiders, Again           int // connections from a port that was used before
 	Held                                    time.Duration

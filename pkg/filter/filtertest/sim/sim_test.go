@@ -15,7 +15,7 @@ var (
 	one      = flag.Int64("seed", -1, "play only this seed")
 	traceTo  = flag.String("trace", "", "write the whole trace of -seed to this file")
 	pcapTo   = flag.String("pcap", "", "write what the remotes of -seed saw to this file")
-	features = flag.String("without", "", "features to leave out: letters of loss(l) reorder(r) crash(c) aborts(a) force(f) bulk(b) outsiders(o) late(t) plain(p) keepalive(k) spool(s) heartbeats(h)")
+	features = flag.String("without", "", "features to leave out: letters of loss(l) reorder(r) crash(c) aborts(a) force(f) bulk(b) outsiders(o) late(t) plain(p) keepalive(k) spool(s) heartbeats(h) dials(d)")
 	lines    = flag.Int("lines", 60, "lines of the trace that an error shows")
 )
 
@@ -47,6 +47,8 @@ func options() Options {
 			o.NoSpool = true
 		case 'h':
 			o.NoBeats = true
+		case 'd':
+			o.NoDials = true
 		}
 	}
 	return o

@@ -38,6 +38,8 @@ type world struct {
 	check      *checker
 	clients    []*client
 	byAddr     map[netip.AddrPort]*client
+	dials      []*dial
+	byDial     map[netip.AddrPort]*dial
 	server     *server
 	agent      *agent
 	beats      *beats // nil: none
