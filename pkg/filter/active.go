@@ -71,10 +71,15 @@ func (e *Engine) synOut(now Time, a *app, c *conn, id ConnID, fx *Effects) {
 		if c = e.newConn(now, a, id, appstate.Active, appstate.SynSent, fx); c == nil {
 			return
 		}
-		c.expire = (now+200e9)/1e9*1e9 + 1e9
-		e.at(c.expire)
+		c.opening(now)
 	}
 	c.syn = pendingSyn{seen: true, out: true, irs: s.Seq, end: s.End(), opt: s.Opt, window: s.Window, ecn: s.Has(packet.ECE | packet.CWR)}
+}
+
+// opening has a connection that no remote answers forgotten when local has given up.
+func (c *conn) opening(now Time) {
+	c.expire = (now+200e9)/1e9*1e9 + 1e9
+	c.app.engine.at(c.expire)
 }
 
 // synAckIn makes c a new connection when s, a SYN-ACK of the remote, answers

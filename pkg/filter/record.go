@@ -297,6 +297,9 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	c.finOwed, c.hole = r.FinOwed, r.Hole
 	c.hsIRS, c.tr, c.translated, c.closeWait, c.shut = r.HsIRS, r.Tr, r.Translated, r.CloseWait, r.Shut
 	c.saved, c.reloaded, c.silent, c.lingers = true, true, r.Silent, r.Lingers
+	if c.state == appstate.SynSent {
+		c.opening(now)
+	}
 	e.setPort(c, r.Tr.Port)
 	e.loadSpool(now, c, r)
 	if c.scan != nil {
