@@ -4,6 +4,10 @@
 // start anew. Whatever happens, both octet streams of each connection must come
 // out whole.
 //
+// A third of the snapshots spools, a third of the seeds speaks heartbeats, and in a
+// third the application opens connections itself; -without shd leaves these out, and
+// such a seed is what it was before they came.
+//
 // # Determinism
 //
 // Everything derives from one number, the seed: the same seed gives the same
