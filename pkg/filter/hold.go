@@ -192,12 +192,18 @@ func (e *Engine) heldNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effec
 // heldReset ends the remote side. Local is told when it is back, at the number
 // where it stands.
 func (e *Engine) heldReset(c *conn, fx *Effects) {
+	c.own, c.ownAt = nil, 0
+	if c.spooled && c.keptFin {
+		// It has closed, everything was acknowledged, and it knows nothing of the
+		// connection any more: local still gets what it said.
+		fx.Reason = HeldRstIgnored
+		return
+	}
 	if c.spooled {
 		c.ep.RcvNxt = c.keptAt
 		e.endSpool(c, fx)
 	}
 	e.unkeep(c)
-	c.own, c.ownAt = nil, 0
 	c.answered()
 	switch c.state {
 	case appstate.Closing:

@@ -340,6 +340,7 @@ func (e *Engine) loadSpool(now Time, c *conn, r *ConnRecord) {
 	}
 	c.spooled, c.keptAt, c.keptFin, c.ep.Closed = true, r.KeptAt, r.KeptFin, r.Closed
 	c.kept = r.spool()
+	c.stats.kept = uint16(min(len(r.Chunks), 65535))
 	e.kept += cap(c.kept)
 	c.app.kept += cap(c.kept)
 }

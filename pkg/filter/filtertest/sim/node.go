@@ -97,6 +97,8 @@ func (n *node) postrouting(s *packet.Segment) rule {
 		return pass
 	case n.flows[flowKey{s.Dst, vip}]:
 		return queue
+	case edge && n.sets[filter.SetAway][vip]:
+		return queue
 	case n.sets[filter.SetFull][vip], edge && n.sets[filter.SetVIP][vip]:
 		return bypass
 	}
