@@ -319,3 +319,26 @@ func TestSpoolWithoutRecords(t *testing.T) {
 		t.Errorf("%d octets were acknowledged, want 4", got-had)
 	}
 }
+
+// A filter that has taken up a spool does not know yet whether local is behind the
+// node: nobody cuts what is too long for the link there.
+func TestSpoolAfterRestart(t *testing.T) {
+	script := strings.Replace(heldSpool, "spool=100", "spool=4000", 1)
+	script = strings.Replace(script, "abcdefghijklmnop", strings.Repeat("x", 1400)+`"`+"\nremote c1 ACK data \""+strings.Repeat("x", 1400), 1)
+	trace, err := filtertest.RunBehind(script + "\nrestart\nadvance 1s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, trace, _ = strings.Cut(trace, "> restart")
+	n := 0
+	for line := range strings.Lines(trace) {
+		if strings.Contains(line, "to local") && strings.Contains(line, "xx") {
+			if n++; strings.Count(line, "x") > 536 {
+				t.Fatalf("%d octets in one segment", strings.Count(line, "x"))
+			}
+		}
+	}
+	if n == 0 {
+		t.Error("nothing was handed over")
+	}
+}

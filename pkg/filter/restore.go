@@ -300,7 +300,7 @@ func (c *conn) firstWindow() uint16 { return max(c.hsWindow>>c.tr.ScaleLocal, 1)
 // network namespace it crosses a link, and nobody cuts what is too long for it.
 func (c *conn) largest() int {
 	const loopback, smallest, timestamps = 16 << 10, 536, 12 // RFC 9293 section 3.7.1, RFC 7323 appendix A
-	if !c.forwarded && !c.app.behind {
+	if !c.forwarded && !c.app.behind && !c.reloaded {        // where local is, a filter that has taken it up does not know yet
 		return loopback
 	}
 	n := int(c.hsMSS)
