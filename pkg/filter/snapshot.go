@@ -229,6 +229,12 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 			continue
 		}
 		c.answered()
+		if c.localGone && c.lostFin() { // behind the seal its FIN was acknowledged to it, and is nobody else's to repeat
+			c.lingers, c.frozen, c.sealed, c.fwd, c.asks = true, false, false, false, 0
+			e.repeatClose(now, c, fx)
+			e.linger(now, c, fx)
+			continue
+		}
 		c.settleFin()
 		if (c.ep.Closed || c.reloaded) && !c.lingers {
 			c.ep.Closed, c.reloaded = false, false
