@@ -109,8 +109,11 @@ func (c *conn) info(now Time, s *Socket) {
 		if s.LastRecv < s.LastSent {
 			c.last = remoteSpoke
 		}
-		if s.BytesReceived == 0 && s.BytesAcked <= 1 {
+		switch silent := s.BytesAcked <= 1 && s.SendQueue == 0; { // local has never said anything
+		case silent && s.BytesReceived == 0:
 			c.last = nobody
+		case silent: // whatever the milliseconds say: its first request may have come with its handshake
+			c.last = remoteSpoke
 		}
 	}
 	if c.translated {

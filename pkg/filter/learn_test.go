@@ -95,3 +95,35 @@ func seqOf(t *testing.T, b []byte) seqnum.Value {
 	}
 	return s.Seq
 }
+
+// A local side that has never said anything has not answered, though its first
+// request came in the millisecond of its handshake.
+func TestSilentLocalOwesAnswer(t *testing.T) {
+	w := filtertest.New()
+	if err := w.Play("app redis 10.0.0.100 6379\nlink c1 10.0.0.2:40000\nopen c1\nremote c1 ACK data \"GET \""); err != nil {
+		t.Fatal(err)
+	}
+	socks := w.Sockets()
+	socks[0].LastRecv, socks[0].LastSent, socks[0].BytesAcked, socks[0].BytesReceived = 3e6, 3e6, 0, 4
+	var fx filter.Effects
+	for _, body := range []any{
+		&filter.SnapshotStart{App: "redis", Sockets: socks, Listen: []uint16{6379}},
+		&filter.Status{App: "redis"},
+	} {
+		w.Engine.Step(w.Now(), filter.Event{Request: &filter.Request{ID: 1, Body: body}}, &fx)
+	}
+	if err := w.Play("request SNAPSHOTABORT"); err != nil {
+		t.Fatal(err)
+	}
+	w.Engine.Step(w.Now(), filter.Event{Request: &filter.Request{ID: 2, Body: &filter.SnapshotStart{App: "redis", Sockets: socks, Listen: []uint16{6379}}}}, &fx)
+	if err := w.Play("local c1 ACK\nadvance 5ms\nrequest SNAPSHOTFREEZE"); err != nil {
+		t.Fatal(err)
+	}
+	fx.Reset()
+	w.Engine.Step(w.Now(), filter.Event{Request: &filter.Request{ID: 3, Body: &filter.GetConnInfo{App: "redis"}}}, &fx)
+	for _, r := range fx.Replies {
+		if l, ok := r.Body.(*filter.ConnList); ok && (len(l.Conns) != 1 || l.Conns[0].Frozen) {
+			t.Errorf("frozen before local has answered: %+v", l.Conns)
+		}
+	}
+}
