@@ -159,8 +159,7 @@ func (e *Engine) openedAway(now Time, a *app, id ConnID, fx *Effects) {
 }
 
 // catchSyn answers local's SYN, the segment at hand, in the name of c's remote:
-// with the original options, and one below the next octet that it sends; where the
-// remote has closed already, one more, for the FIN that local is to see again.
+// with the original options.
 func (e *Engine) catchSyn(c *conn, fx *Effects) {
 	s := &e.seg
 	fx.drop(SynCaught)
@@ -169,10 +168,7 @@ func (e *Engine) catchSyn(c *conn, fx *Effects) {
 		fx.send(&sp, false)
 		return
 	}
-	c.hsIRS = c.base().Add(^uint32(0))
-	if c.finIn {
-		c.hsIRS = c.hsIRS.Add(^uint32(0))
-	}
+	c.hsIRS = c.initial()
 	port := c.tr.Port
 	c.hsTries++
 	c.hsStarted, c.hsDone, c.hsClock = true, false, c.ep.TSRec

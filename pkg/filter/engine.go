@@ -446,6 +446,33 @@ func (e *Engine) unkeep(c *conn) {
 	c.kept, c.keptFin, c.urgent = nil, false, false
 }
 
+// keepRoom has c.kept hold n octets more, at most most in all, under the budgets
+// of memory; false: there is no room.
+func (e *Engine) keepRoom(c *conn, n, most int) bool {
+	need := len(c.kept) + n
+	if need <= cap(c.kept) {
+		return true
+	}
+	grown := min(max(need, 2*cap(c.kept)), most)
+	more := grown - cap(c.kept)
+	if e.kept+more > e.cfg.KeepTotal || c.app.kept+more > e.cfg.KeepPerApp {
+		return false
+	}
+	e.kept += more
+	c.app.kept += more
+	k := make([]byte, len(c.kept), grown)
+	copy(k, c.kept)
+	c.kept = k
+	return true
+}
+
+// keepUrgent takes note of the urgent pointer of s, octets of which are kept.
+func (c *conn) keepUrgent(s *packet.Segment) {
+	if u := s.Seq.Add(uint32(s.Urgent)); s.Has(packet.URG) && (!c.urgent || c.keptUrg.Less(u)) {
+		c.keptUrg, c.urgent = u, true
+	}
+}
+
 // keep stores a copy of what s brings at RCV.NXT, under the budgets. It
 // reports whether anything of it, or an octet before it, is there. Behind a spool
 // that local still takes nothing is kept: it would go to local with it.
@@ -472,22 +499,11 @@ func (e *Engine) keep(c *conn, s *packet.Segment) bool {
 	if !whole {
 		p = p[:room]
 	}
-	if need := len(c.kept) + len(p); need > cap(c.kept) {
-		grown := min(max(need, 2*cap(c.kept)), e.cfg.KeepPerConn)
-		more := grown - cap(c.kept)
-		if e.kept+more > e.cfg.KeepTotal || c.app.kept+more > e.cfg.KeepPerApp {
-			return len(c.kept) > 0
-		}
-		e.kept += more
-		c.app.kept += more
-		k := make([]byte, len(c.kept), grown)
-		copy(k, c.kept)
-		c.kept = k
+	if !e.keepRoom(c, len(p), e.cfg.KeepPerConn) {
+		return len(c.kept) > 0
 	}
 	c.kept = append(c.kept, p...)
-	if u := s.Seq.Add(uint32(s.Urgent)); s.Has(packet.URG) && (!c.urgent || c.keptUrg.Less(u)) {
-		c.keptUrg, c.urgent = u, true
-	}
+	c.keepUrgent(s)
 	if s.Has(packet.FIN) && whole && c.keptAt.Add(uint32(len(c.kept))) == s.Seq.Add(uint32(s.PayloadLen())) {
 		c.keptFin = true
 	}

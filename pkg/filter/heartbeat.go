@@ -71,7 +71,7 @@ func (e *Engine) answerBeat(now Time, c *conn, h *Heartbeat, fx *Effects) bool {
 	}
 	n := uint32(len(h.Match))
 	c.ep.RcvNxt = c.ep.RcvNxt.Add(n)
-	c.ep.Edge = c.ep.Edge.Max(c.ep.RcvNxt.Add(uint32(c.ep.Window) << c.ep.Opt.LocalScale))
+	c.ep.Extend()
 	c.bytesIn += uint64(n)
 	if len(h.Reply) > 0 {
 		e.say(now, c, h.Reply, fx)

@@ -9,15 +9,20 @@ import (
 	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 )
 
-// startHandshake sends the emulated SYN to the listener of a passive
-// connection. Its initial number is one below the next octet that the remote
-// sends; where the remote has closed already, one more, for the FIN that local
-// is to see again.
-func (e *Engine) startHandshake(c *conn, fx *Effects) {
-	c.hsIRS = c.base().Add(^uint32(0))
+// initial is the remote's initial number towards a new local side: one below the
+// next octet that it is to take; where the remote has closed already, one more,
+// for the FIN that local is to see again.
+func (c *conn) initial() seqnum.Value {
+	n := c.base().Add(^uint32(0))
 	if c.finIn {
-		c.hsIRS = c.hsIRS.Add(^uint32(0))
+		n = n.Add(^uint32(0))
 	}
+	return n
+}
+
+// startHandshake sends the emulated SYN to the listener of a passive connection.
+func (e *Engine) startHandshake(c *conn, fx *Effects) {
+	c.hsIRS = c.initial()
 	c.hsError = ""
 	c.hsOver = false
 	c.hsTries++

@@ -161,7 +161,7 @@ func (e *Engine) openHeld(c *conn, fx *Effects) {
 	const segment = 1460
 	if !ep.Closed && uint32(ep.Window)<<ep.Opt.LocalScale < segment && c.alive() {
 		ep.Window = uint16(min((segment>>ep.Opt.LocalScale)+1, 65535))
-		ep.Edge = ep.Edge.Max(ep.RcvNxt.Add(uint32(ep.Window) << ep.Opt.LocalScale))
+		ep.Extend()
 		tell = true
 	}
 	if tell {

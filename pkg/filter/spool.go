@@ -90,9 +90,7 @@ func (e *Engine) spool(c *conn, s *packet.Segment, fx *Effects) bool {
 		}
 		c.ep.RcvNxt = c.ep.RcvNxt.Add(1)
 	}
-	if u := s.Seq.Add(uint32(s.Urgent)); s.Has(packet.URG) && (!c.urgent || c.keptUrg.Less(u)) {
-		c.keptUrg, c.urgent = u, true
-	}
+	c.keepUrgent(s)
 	c.spoolWindow()
 	if len(p) == 0 && !fin {
 		return false
@@ -106,18 +104,9 @@ func (e *Engine) spoolOctets(c *conn, p []byte, fx *Effects) bool {
 	if !c.spooled && len(c.kept) == 0 {
 		c.keptAt = c.ep.RcvNxt
 	}
-	if need := len(c.kept) + len(p); need > cap(c.kept) {
-		grown := min(max(need, 2*cap(c.kept)), c.app.spool)
-		more := grown - cap(c.kept)
-		if e.kept+more > e.cfg.KeepTotal || c.app.kept+more > e.cfg.KeepPerApp {
-			c.ep.Closed = true
-			return false
-		}
-		e.kept += more
-		c.app.kept += more
-		k := make([]byte, len(c.kept), grown)
-		copy(k, c.kept)
-		c.kept = k
+	if !e.keepRoom(c, len(p), c.app.spool) {
+		c.ep.Closed = true
+		return false
 	}
 	fx.Records = append(fx.Records, Record{ID: c.id, Chunk: &Chunk{At: c.keptAt.Add(uint32(len(c.kept))), Data: bytes.Clone(p)}})
 	c.kept = append(c.kept, p...)
@@ -139,7 +128,7 @@ func (c *conn) spoolWindow() {
 	field := min(uint32(room)>>c.ep.Opt.LocalScale, 65535)
 	c.ep.Window = max(uint16(field), 1)
 	c.ep.Closed = false
-	c.ep.Edge = c.ep.Edge.Max(c.ep.RcvNxt.Add(uint32(c.ep.Window) << c.ep.Opt.LocalScale))
+	c.ep.Extend()
 }
 
 // spoolKept acknowledges at SNAPSHOTDONE what was only kept until then. What an

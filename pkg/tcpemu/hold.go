@@ -191,6 +191,11 @@ func (e *Endpoint) Announced(ack seqnum.Value, window uint16, first bool) {
 	}
 }
 
+// Extend moves the edge to where the window, from RCV.NXT on, ends now.
+func (e *Endpoint) Extend() {
+	e.Edge = e.Edge.Max(e.RcvNxt.Add(uint32(e.Window) << e.Opt.LocalScale))
+}
+
 // Ack describes the acknowledgement with current numbers that a held remote is
 // given (behaviour of a quiet, living peer).
 func (e *Endpoint) Ack() packet.Spec {
