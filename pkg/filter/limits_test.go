@@ -6,7 +6,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter/filtertest"
 	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
@@ -198,50 +197,6 @@ open new`); err != nil {
 	}
 	if got := remotes(); !slices.Equal(got, []uint16{1, 3}) {
 		t.Fatalf("connections %v, want 1 and 3", got)
-	}
-}
-
-// Records that contradict each other or themselves are named, and nothing of
-// them is taken up.
-func TestRecordsThatContradict(t *testing.T) {
-	vip, other := netip.MustParseAddr("10.0.0.100"), netip.MustParseAddr("10.0.0.101")
-	app := func(name string, v netip.Addr) filter.AppRecord {
-		return filter.AppRecord{Name: name, VIPs: []netip.Addr{v}, State: appstate.SnapshotDone}
-	}
-	conn := func(local, remote string, s appstate.Conn) filter.ConnRecord {
-		r := filter.ConnRecord{App: "a", State: s}
-		r.ID.Local, _ = netip.ParseAddrPort(local)
-		r.ID.Remote, _ = netip.ParseAddrPort(remote)
-		return r
-	}
-	good := conn("10.0.0.100:80", "10.0.0.2:1000", appstate.ConnectRmt)
-	for name, c := range map[string]struct {
-		apps  []filter.AppRecord
-		conns []filter.ConnRecord
-	}{
-		"two of a name":         {apps: []filter.AppRecord{app("a", vip), app("a", other)}},
-		"two of a VIP":          {apps: []filter.AppRecord{app("a", vip), app("b", vip)}},
-		"no VIP":                {apps: []filter.AppRecord{app("a", netip.Addr{})}},
-		"no application":        {conns: []filter.ConnRecord{good}},
-		"not its VIP":           {apps: []filter.AppRecord{app("a", vip)}, conns: []filter.ConnRecord{conn("10.0.0.101:80", "10.0.0.2:1000", appstate.ConnectRmt)}},
-		"of two families":       {apps: []filter.AppRecord{app("a", vip)}, conns: []filter.ConnRecord{conn("10.0.0.100:80", "[fd00::2]:1000", appstate.ConnectRmt)}},
-		"no remote":             {apps: []filter.AppRecord{app("a", vip)}, conns: []filter.ConnRecord{conn("10.0.0.100:80", "", appstate.ConnectRmt)}},
-		"no state":              {apps: []filter.AppRecord{app("a", vip)}, conns: []filter.ConnRecord{conn("10.0.0.100:80", "10.0.0.2:1000", appstate.ConnNone)}},
-		"the same one twice":    {apps: []filter.AppRecord{app("a", vip)}, conns: []filter.ConnRecord{good, good}},
-		"held by one that runs": {apps: []filter.AppRecord{{Name: "a", VIPs: []netip.Addr{vip}, State: appstate.Restored}}, conns: []filter.ConnRecord{good}},
-	} {
-		e, fx := filter.New(filter.Config{}), filter.Effects{}
-		all := func(filter.ConnID) bool { return true }
-		if err := e.Load(1e9, c.apps, c.conns, all, false, &fx); err == nil {
-			t.Errorf("%s: taken up", name)
-		}
-		if len(fx.Records)+len(fx.Sets)+len(fx.Sends) > 0 {
-			t.Errorf("%s: something was done: %+v", name, fx)
-		}
-	}
-	e, fx := filter.New(filter.Config{}), filter.Effects{}
-	if err := e.Load(1e9, []filter.AppRecord{app("a", vip)}, []filter.ConnRecord{good}, func(filter.ConnID) bool { return true }, false, &fx); err != nil {
-		t.Error(err)
 	}
 }
 

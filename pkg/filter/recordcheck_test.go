@@ -44,6 +44,10 @@ func TestContradictions(t *testing.T) {
 		"no such role":     {held, conn(func(r *filter.ConnRecord) { r.Role = 2 }), "is not valid"},
 		"scale":            {held, conn(func(r *filter.ConnRecord) { r.Opt.RemoteScale = 15 }), "is not valid"},
 		"families":         {held, conn(func(r *filter.ConnRecord) { r.ID.Remote = netip.MustParseAddrPort("[fd00::2]:4000") }), "is not valid"},
+		"no application":   {nil, twice, "which has none"},
+		"VIP of nobody":    {held, conn(func(r *filter.ConnRecord) { r.ID.Local = netip.MustParseAddrPort("10.0.0.102:80") }), "another VIP"},
+		"no remote":        {held, conn(func(r *filter.ConnRecord) { r.ID.Remote = netip.AddrPort{} }), "is not valid"},
+		"held and runs":    {[]filter.AppRecord{app("a", appstate.Restored, vip)}, twice, "and its application runs"},
 		"connection twice": {held, append(conn(func(*filter.ConnRecord) {}), twice...), "is not valid"},
 	} {
 		e := filter.New(filter.Config{})
@@ -52,7 +56,7 @@ func TestContradictions(t *testing.T) {
 		if (err == nil) != (x.want == "") || err != nil && !strings.Contains(err.Error(), x.want) {
 			t.Errorf("%s: %v", name, err)
 		}
-		if used := e.Limits()[0].Used; err != nil && (used > 0 || len(fx.Notes)+len(fx.Sets)+len(fx.Records) > 0) {
+		if used := e.Limits()[0].Used; err != nil && (used > 0 || len(fx.Notes)+len(fx.Sets)+len(fx.Records)+len(fx.Sends) > 0) {
 			t.Errorf("%s: taken up", name)
 		}
 	}
