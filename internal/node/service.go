@@ -61,11 +61,16 @@ func (s service) change(ctx context.Context, app string, body any) (*connect.Res
 	return connect.NewResponse(&pb.AppReply{App: app, State: res.State.String(), SnapshotId: res.SnapshotID, Notes: res.Notes}), nil
 }
 
+// invalid refuses a request for an argument of it; where names both.
+func (s service) invalid(app, where string, err error) error {
+	return control.Error(connect.CodeInvalidArgument, app, s.n.state(app), fmt.Sprintf("%s: %v", where, err))
+}
+
 func (s service) Register(ctx context.Context, r *connect.Request[pb.RegisterRequest]) (*connect.Response[pb.AppReply], error) {
 	m := r.Msg
 	b := &filter.Register{App: m.App}
 	bad := func(what string, err error) error {
-		return control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), fmt.Sprintf("REGISTER: %s: %v", what, err))
+		return s.invalid(m.App, "REGISTER: "+what, err)
 	}
 	if n := len(m.App); n > maxName {
 		return nil, bad("app", fmt.Errorf("a name has at most %d octets, this one has %d", maxName, n))
@@ -164,16 +169,16 @@ func (s service) SnapshotStart(ctx context.Context, r *connect.Request[pb.Snapsh
 	b := &filter.SnapshotStart{App: m.App, LeaveOut: m.LeaveOut, Boundary: m.Boundary}
 	var err error
 	if b.Timeout, err = period("learn_timeout_ms", m.LearnTimeoutMs); err != nil {
-		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: "+err.Error())
+		return nil, s.invalid(m.App, "SNAPSHOTSTART", err)
 	}
 	if b.Quiet, err = period("quiet_ms", m.QuietMs); err != nil {
-		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: "+err.Error())
+		return nil, s.invalid(m.App, "SNAPSHOTSTART", err)
 	}
 	if b.Listen, err = ports(m.ListenPorts); err != nil {
-		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: listen_ports: "+err.Error())
+		return nil, s.invalid(m.App, "SNAPSHOTSTART: listen_ports", err)
 	}
 	if b.Sockets, err = sockets(m.Sockets); err != nil {
-		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTSTART: sockets: "+err.Error())
+		return nil, s.invalid(m.App, "SNAPSHOTSTART: sockets", err)
 	}
 	x, err := s.do(ctx, b)
 	if err != nil {
@@ -188,10 +193,10 @@ func (s service) Adopt(ctx context.Context, r *connect.Request[pb.AdoptRequest])
 	b := &filter.Adopt{App: m.App, At: m.ListedAtNs}
 	var err error
 	if b.Listen, err = ports(m.ListenPorts); err != nil {
-		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "ADOPT: listen_ports: "+err.Error())
+		return nil, s.invalid(m.App, "ADOPT: listen_ports", err)
 	}
 	if b.Sockets, err = sockets(m.Sockets); err != nil {
-		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "ADOPT: sockets: "+err.Error())
+		return nil, s.invalid(m.App, "ADOPT: sockets", err)
 	}
 	x, err := s.do(ctx, b)
 	if err != nil {
@@ -254,7 +259,7 @@ func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.Snaps
 	m := r.Msg
 	quiet, err := period("quiet_ms", m.QuietMs)
 	if err != nil {
-		return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTFREEZE: "+err.Error())
+		return nil, s.invalid(m.App, "SNAPSHOTFREEZE", err)
 	}
 	b := &filter.SnapshotFreeze{App: m.App, Boundary: m.Boundary, Quiet: quiet, PassCloses: m.PassCloses, AbortOnData: m.AbortOnData,
 		Spool: int(min(m.Spool, maxSpool)), WakeFull: m.WakeFull}
@@ -265,7 +270,7 @@ func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.Snaps
 			err = fmt.Errorf("prefix %q of a heartbeat is none", h.Remote)
 		}
 		if err != nil {
-			return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "SNAPSHOTFREEZE: "+err.Error())
+			return nil, s.invalid(m.App, "SNAPSHOTFREEZE", err)
 		}
 		b.Heartbeats = append(b.Heartbeats, filter.Heartbeat{Remote: p, Match: h.Match, Reply: h.Reply, Send: h.Send,
 			Interval: every, OnlyClosed: h.OnlyClosed})
@@ -291,7 +296,7 @@ func (s service) RestoreStart(ctx context.Context, r *connect.Request[pb.Restore
 	if m.Ip != "" {
 		ip, err := netip.ParseAddr(m.Ip)
 		if err != nil {
-			return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "RESTORESTART: "+err.Error())
+			return nil, s.invalid(m.App, "RESTORESTART", err)
 		}
 		b.IP = ip.Unmap()
 	}
@@ -304,7 +309,7 @@ func (s service) RestoreConn(ctx context.Context, r *connect.Request[pb.RestoreC
 	for _, c := range m.Conns {
 		id, err := connID(c.Local, c.Remote)
 		if err != nil {
-			return nil, control.Error(connect.CodeInvalidArgument, m.App, s.n.state(m.App), "RESTORECONN: "+err.Error())
+			return nil, s.invalid(m.App, "RESTORECONN", err)
 		}
 		b.Conns = append(b.Conns, id)
 	}
