@@ -44,28 +44,11 @@ func run(ctx context.Context, listen, file string, rate int) error {
 		return err
 	}
 	// The mapping lives as long as the process: connections still use it.
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // an MPTCP subflow cannot be held
-	l, err := lc.Listen(ctx, "tcp", listen)
-	if err != nil {
-		return err
-	}
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-				return nil
-			}
-			return err
+	return clients.Serve(ctx, listen, func(c *net.TCPConn) {
+		if err := serve(c, counts, rate); err != nil {
+			log.Printf("bytecount: %v: %v", c.RemoteAddr(), err)
 		}
-		go func() {
-			if err := serve(c.(*net.TCPConn), counts, rate); err != nil {
-				log.Printf("bytecount: %v: %v", c.RemoteAddr(), err)
-			}
-		}()
-	}
+	})
 }
 
 // serve reads one connection to its end.

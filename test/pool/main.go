@@ -19,6 +19,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/nfconnfilter/nfconnfilter/test/clients"
 )
 
 // patience is how long a reply may take.
@@ -67,28 +69,11 @@ func run(ctx context.Context, listen, server string, size int, bind bool) error 
 		p.raw = append(p.raw, c)
 		p.conns = append(p.conns, bufio.NewReadWriter(bufio.NewReader(c), bufio.NewWriter(c)))
 	}
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false)
-	l, err := lc.Listen(ctx, "tcp", listen)
-	if err != nil {
-		return err
-	}
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
-			return err
-		}
-		go p.serve(c)
-	}
+	return clients.Serve(ctx, listen, p.serve)
 }
 
 // serve answers one client.
-func (p *pool) serve(c net.Conn) {
+func (p *pool) serve(c *net.TCPConn) {
 	defer c.Close()
 	for sc := bufio.NewScanner(c); sc.Scan(); {
 		key, ok := strings.CutPrefix(sc.Text(), "ask ")
