@@ -15,7 +15,7 @@ const (
 	StateBlockData      = "BLOCKDATA"
 )
 
-// Requests to the filter. Only those that are served today are named.
+// Requests to the filter.
 const (
 	RequestRegister       = "REGISTER"
 	RequestUnregister     = "UNREGISTER"
@@ -29,6 +29,9 @@ const (
 	RequestRestoreConn    = "RESTORECONN"
 	RequestRestored       = "RESTORED"
 	RequestRestoreAbort   = "RESTOREABORT"
+	RequestHandover       = "HANDOVER"
+	RequestHandback       = "HANDBACK"
+	RequestRelease        = "RELEASE"
 	RequestGetConnCount   = "GETCONNCOUNT"
 	RequestGetConnInfo    = "GETCONNINFO"
 )
@@ -53,6 +56,13 @@ const (
 	KindActivate = "activate" // active: the next connect of local is answered
 )
 
+// What Yield asks of the old node.
+const (
+	YieldAddresses = "addresses"
+	YieldBack      = "back"
+	YieldRelease   = "release"
+)
+
 // Boundaries at which a connection may freeze.
 const (
 	BoundaryTurn = "turn"
@@ -69,7 +79,7 @@ var states = []string{
 var requests = []string{
 	RequestRegister, RequestUnregister, RequestAdopt, RequestSnapshotStart, RequestSnapshotFreeze,
 	RequestSeal, RequestSnapshotDone, RequestSnapshotAbort, RequestRestoreStart,
-	RequestRestoreConn, RequestRestored, RequestRestoreAbort, RequestGetConnCount,
+	RequestRestoreConn, RequestRestored, RequestRestoreAbort, RequestHandover, RequestHandback, RequestRelease, RequestGetConnCount,
 	RequestGetConnInfo,
 }
 

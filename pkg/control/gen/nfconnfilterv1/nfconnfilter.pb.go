@@ -1265,6 +1265,257 @@ func (x *ConnID) GetRemote() string {
 	return ""
 }
 
+type HandoverRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	ToNode        string                 `protobuf:"bytes,2,opt,name=to_node,json=toNode,proto3" json:"to_node,omitempty"`
+	SnapshotId    string                 `protobuf:"bytes,3,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"` // that the taker has; "": any
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HandoverRequest) Reset() {
+	*x = HandoverRequest{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HandoverRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HandoverRequest) ProtoMessage() {}
+
+func (x *HandoverRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HandoverRequest.ProtoReflect.Descriptor instead.
+func (*HandoverRequest) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *HandoverRequest) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *HandoverRequest) GetToNode() string {
+	if x != nil {
+		return x.ToNode
+	}
+	return ""
+}
+
+func (x *HandoverRequest) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+type HandoverReply struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	App        string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	State      string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	SnapshotId string                 `protobuf:"bytes,3,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	// The application and its connections: CBOR, its layout is the filters' own
+	// and has a version.
+	Structures    []byte `protobuf:"bytes,4,opt,name=structures,proto3" json:"structures,omitempty"`
+	Connections   uint32 `protobuf:"varint,5,opt,name=connections,proto3" json:"connections,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HandoverReply) Reset() {
+	*x = HandoverReply{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HandoverReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HandoverReply) ProtoMessage() {}
+
+func (x *HandoverReply) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HandoverReply.ProtoReflect.Descriptor instead.
+func (*HandoverReply) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *HandoverReply) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *HandoverReply) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *HandoverReply) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+func (x *HandoverReply) GetStructures() []byte {
+	if x != nil {
+		return x.Structures
+	}
+	return nil
+}
+
+func (x *HandoverReply) GetConnections() uint32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
+type HandbackRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	FromNode      string                 `protobuf:"bytes,2,opt,name=from_node,json=fromNode,proto3" json:"from_node,omitempty"`
+	Structures    []byte                 `protobuf:"bytes,3,opt,name=structures,proto3" json:"structures,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HandbackRequest) Reset() {
+	*x = HandbackRequest{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HandbackRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HandbackRequest) ProtoMessage() {}
+
+func (x *HandbackRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HandbackRequest.ProtoReflect.Descriptor instead.
+func (*HandbackRequest) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *HandbackRequest) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *HandbackRequest) GetFromNode() string {
+	if x != nil {
+		return x.FromNode
+	}
+	return ""
+}
+
+func (x *HandbackRequest) GetStructures() []byte {
+	if x != nil {
+		return x.Structures
+	}
+	return nil
+}
+
+type ReleaseRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	App   string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	// The VIP may be on this node still: its kernel answers the remotes then.
+	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseRequest) Reset() {
+	*x = ReleaseRequest{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseRequest) ProtoMessage() {}
+
+func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseRequest) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ReleaseRequest) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *ReleaseRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
 type RestoreConnRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
@@ -1276,7 +1527,7 @@ type RestoreConnRequest struct {
 
 func (x *RestoreConnRequest) Reset() {
 	*x = RestoreConnRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1288,7 +1539,7 @@ func (x *RestoreConnRequest) String() string {
 func (*RestoreConnRequest) ProtoMessage() {}
 
 func (x *RestoreConnRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1301,7 +1552,7 @@ func (x *RestoreConnRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreConnRequest.ProtoReflect.Descriptor instead.
 func (*RestoreConnRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{16}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RestoreConnRequest) GetApp() string {
@@ -1335,7 +1586,7 @@ type RestoredRequest struct {
 
 func (x *RestoredRequest) Reset() {
 	*x = RestoredRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1347,7 +1598,7 @@ func (x *RestoredRequest) String() string {
 func (*RestoredRequest) ProtoMessage() {}
 
 func (x *RestoredRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1360,7 +1611,7 @@ func (x *RestoredRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoredRequest.ProtoReflect.Descriptor instead.
 func (*RestoredRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{17}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RestoredRequest) GetApp() string {
@@ -1388,7 +1639,7 @@ type ConnCountReply struct {
 
 func (x *ConnCountReply) Reset() {
 	*x = ConnCountReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1400,7 +1651,7 @@ func (x *ConnCountReply) String() string {
 func (*ConnCountReply) ProtoMessage() {}
 
 func (x *ConnCountReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1413,7 +1664,7 @@ func (x *ConnCountReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnCountReply.ProtoReflect.Descriptor instead.
 func (*ConnCountReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{18}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ConnCountReply) GetApp() string {
@@ -1447,7 +1698,7 @@ type GetConnInfoRequest struct {
 
 func (x *GetConnInfoRequest) Reset() {
 	*x = GetConnInfoRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1459,7 +1710,7 @@ func (x *GetConnInfoRequest) String() string {
 func (*GetConnInfoRequest) ProtoMessage() {}
 
 func (x *GetConnInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1472,7 +1723,7 @@ func (x *GetConnInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConnInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetConnInfoRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{19}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetConnInfoRequest) GetApp() string {
@@ -1539,7 +1790,7 @@ type ConnInfo struct {
 
 func (x *ConnInfo) Reset() {
 	*x = ConnInfo{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1802,7 @@ func (x *ConnInfo) String() string {
 func (*ConnInfo) ProtoMessage() {}
 
 func (x *ConnInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1815,7 @@ func (x *ConnInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnInfo.ProtoReflect.Descriptor instead.
 func (*ConnInfo) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{20}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ConnInfo) GetLocal() string {
@@ -1795,7 +2046,7 @@ type ConnInfoReply struct {
 
 func (x *ConnInfoReply) Reset() {
 	*x = ConnInfoReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1807,7 +2058,7 @@ func (x *ConnInfoReply) String() string {
 func (*ConnInfoReply) ProtoMessage() {}
 
 func (x *ConnInfoReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1820,7 +2071,7 @@ func (x *ConnInfoReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnInfoReply.ProtoReflect.Descriptor instead.
 func (*ConnInfoReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{21}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ConnInfoReply) GetApp() string {
@@ -1853,7 +2104,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1865,7 +2116,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1878,7 +2129,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{22}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StatusRequest) GetApp() string {
@@ -1907,13 +2158,17 @@ type AppStatus struct {
 	ExcludePorts     []uint32 `protobuf:"varint,14,rep,packed,name=exclude_ports,json=excludePorts,proto3" json:"exclude_ports,omitempty"`
 	IncludeAddresses []string `protobuf:"bytes,15,rep,name=include_addresses,json=includeAddresses,proto3" json:"include_addresses,omitempty"` // prefixes
 	ExcludeAddresses []string `protobuf:"bytes,16,rep,name=exclude_addresses,json=excludeAddresses,proto3" json:"exclude_addresses,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The node that the structures came from and that still swallows segments.
+	OldNode string `protobuf:"bytes,17,opt,name=old_node,json=oldNode,proto3" json:"old_node,omitempty"`
+	// The node that they were handed to, in BLOCKDATA.
+	TakenBy       string `protobuf:"bytes,18,opt,name=taken_by,json=takenBy,proto3" json:"taken_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AppStatus) Reset() {
 	*x = AppStatus{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1925,7 +2180,7 @@ func (x *AppStatus) String() string {
 func (*AppStatus) ProtoMessage() {}
 
 func (x *AppStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1938,7 +2193,7 @@ func (x *AppStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppStatus.ProtoReflect.Descriptor instead.
 func (*AppStatus) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{23}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AppStatus) GetName() string {
@@ -2053,6 +2308,20 @@ func (x *AppStatus) GetExcludeAddresses() []string {
 	return nil
 }
 
+func (x *AppStatus) GetOldNode() string {
+	if x != nil {
+		return x.OldNode
+	}
+	return ""
+}
+
+func (x *AppStatus) GetTakenBy() string {
+	if x != nil {
+		return x.TakenBy
+	}
+	return ""
+}
+
 // Limit is one bound of the filter and how much of it is used.
 type Limit struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2066,7 +2335,7 @@ type Limit struct {
 
 func (x *Limit) Reset() {
 	*x = Limit{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2078,7 +2347,7 @@ func (x *Limit) String() string {
 func (*Limit) ProtoMessage() {}
 
 func (x *Limit) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2091,7 +2360,7 @@ func (x *Limit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limit.ProtoReflect.Descriptor instead.
 func (*Limit) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{24}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Limit) GetName() string {
@@ -2136,7 +2405,7 @@ type StatusReply struct {
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2148,7 +2417,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2161,7 +2430,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{25}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StatusReply) GetNode() string {
@@ -2209,7 +2478,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2221,7 +2490,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2234,7 +2503,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{26}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WaitRequest) GetApp() string {
@@ -2260,7 +2529,7 @@ type AgentStartRequest struct {
 
 func (x *AgentStartRequest) Reset() {
 	*x = AgentStartRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2272,7 +2541,7 @@ func (x *AgentStartRequest) String() string {
 func (*AgentStartRequest) ProtoMessage() {}
 
 func (x *AgentStartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2285,7 +2554,7 @@ func (x *AgentStartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStartRequest.ProtoReflect.Descriptor instead.
 func (*AgentStartRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{27}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AgentStartRequest) GetApp() string {
@@ -2305,7 +2574,7 @@ type AgentStopRequest struct {
 
 func (x *AgentStopRequest) Reset() {
 	*x = AgentStopRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2317,7 +2586,7 @@ func (x *AgentStopRequest) String() string {
 func (*AgentStopRequest) ProtoMessage() {}
 
 func (x *AgentStopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2330,7 +2599,7 @@ func (x *AgentStopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStopRequest.ProtoReflect.Descriptor instead.
 func (*AgentStopRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{28}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AgentStopRequest) GetApp() string {
@@ -2359,7 +2628,7 @@ type Phase struct {
 
 func (x *Phase) Reset() {
 	*x = Phase{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2371,7 +2640,7 @@ func (x *Phase) String() string {
 func (*Phase) ProtoMessage() {}
 
 func (x *Phase) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2384,7 +2653,7 @@ func (x *Phase) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Phase.ProtoReflect.Descriptor instead.
 func (*Phase) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{29}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Phase) GetName() string {
@@ -2420,7 +2689,7 @@ type AgentReply struct {
 
 func (x *AgentReply) Reset() {
 	*x = AgentReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2432,7 +2701,7 @@ func (x *AgentReply) String() string {
 func (*AgentReply) ProtoMessage() {}
 
 func (x *AgentReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2445,7 +2714,7 @@ func (x *AgentReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentReply.ProtoReflect.Descriptor instead.
 func (*AgentReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{30}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AgentReply) GetApp() string {
@@ -2487,7 +2756,7 @@ type AgentSnapshotRequest struct {
 
 func (x *AgentSnapshotRequest) Reset() {
 	*x = AgentSnapshotRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2499,7 +2768,7 @@ func (x *AgentSnapshotRequest) String() string {
 func (*AgentSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2512,7 +2781,7 @@ func (x *AgentSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{31}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AgentSnapshotRequest) GetApp() string {
@@ -2549,7 +2818,7 @@ type AgentSnapshotReply struct {
 
 func (x *AgentSnapshotReply) Reset() {
 	*x = AgentSnapshotReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2561,7 +2830,7 @@ func (x *AgentSnapshotReply) String() string {
 func (*AgentSnapshotReply) ProtoMessage() {}
 
 func (x *AgentSnapshotReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2574,7 +2843,7 @@ func (x *AgentSnapshotReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotReply.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{32}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AgentSnapshotReply) GetApp() string {
@@ -2621,7 +2890,7 @@ type AgentSnapshotsRequest struct {
 
 func (x *AgentSnapshotsRequest) Reset() {
 	*x = AgentSnapshotsRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2633,7 +2902,7 @@ func (x *AgentSnapshotsRequest) String() string {
 func (*AgentSnapshotsRequest) ProtoMessage() {}
 
 func (x *AgentSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2646,7 +2915,7 @@ func (x *AgentSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{33}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AgentSnapshotsRequest) GetApp() string {
@@ -2669,7 +2938,7 @@ type SnapshotInfo struct {
 
 func (x *SnapshotInfo) Reset() {
 	*x = SnapshotInfo{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2681,7 +2950,7 @@ func (x *SnapshotInfo) String() string {
 func (*SnapshotInfo) ProtoMessage() {}
 
 func (x *SnapshotInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2694,7 +2963,7 @@ func (x *SnapshotInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotInfo.ProtoReflect.Descriptor instead.
 func (*SnapshotInfo) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{34}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *SnapshotInfo) GetApp() string {
@@ -2741,7 +3010,7 @@ type AgentSnapshotsReply struct {
 
 func (x *AgentSnapshotsReply) Reset() {
 	*x = AgentSnapshotsReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2753,7 +3022,7 @@ func (x *AgentSnapshotsReply) String() string {
 func (*AgentSnapshotsReply) ProtoMessage() {}
 
 func (x *AgentSnapshotsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2766,7 +3035,7 @@ func (x *AgentSnapshotsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotsReply.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotsReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{35}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AgentSnapshotsReply) GetSnapshots() []*SnapshotInfo {
@@ -2777,16 +3046,21 @@ func (x *AgentSnapshotsReply) GetSnapshots() []*SnapshotInfo {
 }
 
 type AgentRestoreRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
-	SnapshotId    string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	App        string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	SnapshotId string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	// The node that holds the connections, where that is not this one; "": this
+	// one, or, where they were taken over from another already, that one.
+	OldNode string `protobuf:"bytes,3,opt,name=old_node,json=oldNode,proto3" json:"old_node,omitempty"`
+	// Restore on that node what is held here; "": here.
+	ToNode        string `protobuf:"bytes,4,opt,name=to_node,json=toNode,proto3" json:"to_node,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AgentRestoreRequest) Reset() {
 	*x = AgentRestoreRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[36]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2798,7 +3072,7 @@ func (x *AgentRestoreRequest) String() string {
 func (*AgentRestoreRequest) ProtoMessage() {}
 
 func (x *AgentRestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[36]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2811,7 +3085,7 @@ func (x *AgentRestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRestoreRequest.ProtoReflect.Descriptor instead.
 func (*AgentRestoreRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{36}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AgentRestoreRequest) GetApp() string {
@@ -2828,6 +3102,634 @@ func (x *AgentRestoreRequest) GetSnapshotId() string {
 	return ""
 }
 
+func (x *AgentRestoreRequest) GetOldNode() string {
+	if x != nil {
+		return x.OldNode
+	}
+	return ""
+}
+
+func (x *AgentRestoreRequest) GetToNode() string {
+	if x != nil {
+		return x.ToNode
+	}
+	return ""
+}
+
+type AgentMigrateRequest struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	App            string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	ToNode         string                 `protobuf:"bytes,2,opt,name=to_node,json=toNode,proto3" json:"to_node,omitempty"`
+	DryRun         bool                   `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"` // check, and change nothing
+	Force          bool                   `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`                 // of the snapshot
+	DrainTimeoutMs int64                  `protobuf:"varint,5,opt,name=drain_timeout_ms,json=drainTimeoutMs,proto3" json:"drain_timeout_ms,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *AgentMigrateRequest) Reset() {
+	*x = AgentMigrateRequest{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentMigrateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentMigrateRequest) ProtoMessage() {}
+
+func (x *AgentMigrateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentMigrateRequest.ProtoReflect.Descriptor instead.
+func (*AgentMigrateRequest) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *AgentMigrateRequest) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *AgentMigrateRequest) GetToNode() string {
+	if x != nil {
+		return x.ToNode
+	}
+	return ""
+}
+
+func (x *AgentMigrateRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+func (x *AgentMigrateRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+func (x *AgentMigrateRequest) GetDrainTimeoutMs() int64 {
+	if x != nil {
+		return x.DrainTimeoutMs
+	}
+	return 0
+}
+
+type AgentMigrateReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
+	To            string                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
+	State         string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"` // on the other node
+	SnapshotId    string                 `protobuf:"bytes,5,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	Phases        []*Phase               `protobuf:"bytes,6,rep,name=phases,proto3" json:"phases,omitempty"`
+	Notes         []string               `protobuf:"bytes,7,rep,name=notes,proto3" json:"notes,omitempty"`
+	Checks        []string               `protobuf:"bytes,8,rep,name=checks,proto3" json:"checks,omitempty"` // what was checked, a line each
+	Forced        []string               `protobuf:"bytes,9,rep,name=forced,proto3" json:"forced,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentMigrateReply) Reset() {
+	*x = AgentMigrateReply{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentMigrateReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentMigrateReply) ProtoMessage() {}
+
+func (x *AgentMigrateReply) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentMigrateReply.ProtoReflect.Descriptor instead.
+func (*AgentMigrateReply) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *AgentMigrateReply) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *AgentMigrateReply) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *AgentMigrateReply) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *AgentMigrateReply) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *AgentMigrateReply) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+func (x *AgentMigrateReply) GetPhases() []*Phase {
+	if x != nil {
+		return x.Phases
+	}
+	return nil
+}
+
+func (x *AgentMigrateReply) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
+}
+
+func (x *AgentMigrateReply) GetChecks() []string {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
+}
+
+func (x *AgentMigrateReply) GetForced() []string {
+	if x != nil {
+		return x.Forced
+	}
+	return nil
+}
+
+type AgentPrepareRequest struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	App      string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	FromNode string                 `protobuf:"bytes,2,opt,name=from_node,json=fromNode,proto3" json:"from_node,omitempty"`
+	// Link-layer addresses that may answer for the VIPs: the asking node's.
+	LinkAddresses []string `protobuf:"bytes,3,rep,name=link_addresses,json=linkAddresses,proto3" json:"link_addresses,omitempty"`
+	// Of the application's configuration as the asking node has read it.
+	ConfigDigest  string `protobuf:"bytes,4,opt,name=config_digest,json=configDigest,proto3" json:"config_digest,omitempty"`
+	SnapshotId    string `protobuf:"bytes,5,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"` // to be read and checked, "": none yet
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentPrepareRequest) Reset() {
+	*x = AgentPrepareRequest{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentPrepareRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentPrepareRequest) ProtoMessage() {}
+
+func (x *AgentPrepareRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentPrepareRequest.ProtoReflect.Descriptor instead.
+func (*AgentPrepareRequest) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *AgentPrepareRequest) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *AgentPrepareRequest) GetFromNode() string {
+	if x != nil {
+		return x.FromNode
+	}
+	return ""
+}
+
+func (x *AgentPrepareRequest) GetLinkAddresses() []string {
+	if x != nil {
+		return x.LinkAddresses
+	}
+	return nil
+}
+
+func (x *AgentPrepareRequest) GetConfigDigest() string {
+	if x != nil {
+		return x.ConfigDigest
+	}
+	return ""
+}
+
+func (x *AgentPrepareRequest) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+type AgentPrepareReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"` // of the application on this node
+	Checks        []string               `protobuf:"bytes,4,rep,name=checks,proto3" json:"checks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentPrepareReply) Reset() {
+	*x = AgentPrepareReply{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentPrepareReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentPrepareReply) ProtoMessage() {}
+
+func (x *AgentPrepareReply) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentPrepareReply.ProtoReflect.Descriptor instead.
+func (*AgentPrepareReply) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *AgentPrepareReply) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *AgentPrepareReply) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *AgentPrepareReply) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *AgentPrepareReply) GetChecks() []string {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
+}
+
+type AgentYieldRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	App   string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	Taker string                 `protobuf:"bytes,2,opt,name=taker,proto3" json:"taker,omitempty"` // the asking node
+	// "addresses": the VIPs leave this node; "back": they return, the
+	// connections were handed back; "release": what is left here is forgotten.
+	What          string `protobuf:"bytes,3,opt,name=what,proto3" json:"what,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentYieldRequest) Reset() {
+	*x = AgentYieldRequest{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentYieldRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentYieldRequest) ProtoMessage() {}
+
+func (x *AgentYieldRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentYieldRequest.ProtoReflect.Descriptor instead.
+func (*AgentYieldRequest) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *AgentYieldRequest) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *AgentYieldRequest) GetTaker() string {
+	if x != nil {
+		return x.Taker
+	}
+	return ""
+}
+
+func (x *AgentYieldRequest) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+type AgentNodeStatusRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentNodeStatusRequest) Reset() {
+	*x = AgentNodeStatusRequest{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentNodeStatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentNodeStatusRequest) ProtoMessage() {}
+
+func (x *AgentNodeStatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentNodeStatusRequest.ProtoReflect.Descriptor instead.
+func (*AgentNodeStatusRequest) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{46}
+}
+
+type NodeApp struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Name       string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	State      string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	SnapshotId string                 `protobuf:"bytes,3,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	Operation  string                 `protobuf:"bytes,4,opt,name=operation,proto3" json:"operation,omitempty"`          // under way
+	MayRun     bool                   `protobuf:"varint,5,opt,name=may_run,json=mayRun,proto3" json:"may_run,omitempty"` // its file is valid here and allows this node
+	Fault      string                 `protobuf:"bytes,6,opt,name=fault,proto3" json:"fault,omitempty"`                  // why not
+	// Since a payload was seen on any connection, heartbeats aside, or since it was
+	// started or restored here; -1: not known, or it does not run.
+	IdleMs           int64  `protobuf:"varint,7,opt,name=idle_ms,json=idleMs,proto3" json:"idle_ms,omitempty"`
+	RestoreRequested bool   `protobuf:"varint,8,opt,name=restore_requested,json=restoreRequested,proto3" json:"restore_requested,omitempty"`
+	Connections      uint32 `protobuf:"varint,9,opt,name=connections,proto3" json:"connections,omitempty"`
+	OldNode          string `protobuf:"bytes,10,opt,name=old_node,json=oldNode,proto3" json:"old_node,omitempty"`
+	TakenBy          string `protobuf:"bytes,11,opt,name=taken_by,json=takenBy,proto3" json:"taken_by,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *NodeApp) Reset() {
+	*x = NodeApp{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeApp) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeApp) ProtoMessage() {}
+
+func (x *NodeApp) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeApp.ProtoReflect.Descriptor instead.
+func (*NodeApp) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *NodeApp) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NodeApp) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *NodeApp) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+func (x *NodeApp) GetOperation() string {
+	if x != nil {
+		return x.Operation
+	}
+	return ""
+}
+
+func (x *NodeApp) GetMayRun() bool {
+	if x != nil {
+		return x.MayRun
+	}
+	return false
+}
+
+func (x *NodeApp) GetFault() string {
+	if x != nil {
+		return x.Fault
+	}
+	return ""
+}
+
+func (x *NodeApp) GetIdleMs() int64 {
+	if x != nil {
+		return x.IdleMs
+	}
+	return 0
+}
+
+func (x *NodeApp) GetRestoreRequested() bool {
+	if x != nil {
+		return x.RestoreRequested
+	}
+	return false
+}
+
+func (x *NodeApp) GetConnections() uint32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
+func (x *NodeApp) GetOldNode() string {
+	if x != nil {
+		return x.OldNode
+	}
+	return ""
+}
+
+func (x *NodeApp) GetTakenBy() string {
+	if x != nil {
+		return x.TakenBy
+	}
+	return ""
+}
+
+type AgentNodeStatusReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Load          float64                `protobuf:"fixed64,2,opt,name=load,proto3" json:"load,omitempty"` // of one CPU, on the average: 1.0 is fully used
+	Apps          []*NodeApp             `protobuf:"bytes,3,rep,name=apps,proto3" json:"apps,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentNodeStatusReply) Reset() {
+	*x = AgentNodeStatusReply{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentNodeStatusReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentNodeStatusReply) ProtoMessage() {}
+
+func (x *AgentNodeStatusReply) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentNodeStatusReply.ProtoReflect.Descriptor instead.
+func (*AgentNodeStatusReply) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *AgentNodeStatusReply) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *AgentNodeStatusReply) GetLoad() float64 {
+	if x != nil {
+		return x.Load
+	}
+	return 0
+}
+
+func (x *AgentNodeStatusReply) GetApps() []*NodeApp {
+	if x != nil {
+		return x.Apps
+	}
+	return nil
+}
+
 type AgentAbortRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
@@ -2837,7 +3739,7 @@ type AgentAbortRequest struct {
 
 func (x *AgentAbortRequest) Reset() {
 	*x = AgentAbortRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[37]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2849,7 +3751,7 @@ func (x *AgentAbortRequest) String() string {
 func (*AgentAbortRequest) ProtoMessage() {}
 
 func (x *AgentAbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[37]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2862,7 +3764,7 @@ func (x *AgentAbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentAbortRequest.ProtoReflect.Descriptor instead.
 func (*AgentAbortRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{37}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AgentAbortRequest) GetApp() string {
@@ -2881,7 +3783,7 @@ type AgentProgressRequest struct {
 
 func (x *AgentProgressRequest) Reset() {
 	*x = AgentProgressRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[38]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2893,7 +3795,7 @@ func (x *AgentProgressRequest) String() string {
 func (*AgentProgressRequest) ProtoMessage() {}
 
 func (x *AgentProgressRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[38]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2906,7 +3808,7 @@ func (x *AgentProgressRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentProgressRequest.ProtoReflect.Descriptor instead.
 func (*AgentProgressRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{38}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AgentProgressRequest) GetApp() string {
@@ -2929,7 +3831,7 @@ type AgentProgressReply struct {
 
 func (x *AgentProgressReply) Reset() {
 	*x = AgentProgressReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[39]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2941,7 +3843,7 @@ func (x *AgentProgressReply) String() string {
 func (*AgentProgressReply) ProtoMessage() {}
 
 func (x *AgentProgressReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[39]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2954,7 +3856,7 @@ func (x *AgentProgressReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentProgressReply.ProtoReflect.Descriptor instead.
 func (*AgentProgressReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{39}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *AgentProgressReply) GetApp() string {
@@ -3112,7 +4014,30 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\bold_node\x18\x04 \x01(\tR\aoldNode\"6\n" +
 	"\x06ConnID\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\tR\x05local\x12\x16\n" +
-	"\x06remote\x18\x02 \x01(\tR\x06remote\"i\n" +
+	"\x06remote\x18\x02 \x01(\tR\x06remote\"]\n" +
+	"\x0fHandoverRequest\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x17\n" +
+	"\ato_node\x18\x02 \x01(\tR\x06toNode\x12\x1f\n" +
+	"\vsnapshot_id\x18\x03 \x01(\tR\n" +
+	"snapshotId\"\x9a\x01\n" +
+	"\rHandoverReply\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1f\n" +
+	"\vsnapshot_id\x18\x03 \x01(\tR\n" +
+	"snapshotId\x12\x1e\n" +
+	"\n" +
+	"structures\x18\x04 \x01(\fR\n" +
+	"structures\x12 \n" +
+	"\vconnections\x18\x05 \x01(\rR\vconnections\"`\n" +
+	"\x0fHandbackRequest\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1b\n" +
+	"\tfrom_node\x18\x02 \x01(\tR\bfromNode\x12\x1e\n" +
+	"\n" +
+	"structures\x18\x03 \x01(\fR\n" +
+	"structures\"8\n" +
+	"\x0eReleaseRequest\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"i\n" +
 	"\x12RestoreConnRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12-\n" +
 	"\x05conns\x18\x02 \x03(\v2\x17.nfconnfilter.v1.ConnIDR\x05conns\x12\x12\n" +
@@ -3175,7 +4100,7 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12/\n" +
 	"\x05conns\x18\x03 \x03(\v2\x19.nfconnfilter.v1.ConnInfoR\x05conns\"!\n" +
 	"\rStatusRequest\x12\x10\n" +
-	"\x03app\x18\x01 \x01(\tR\x03app\"\xea\x05\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\"\xa0\x06\n" +
 	"\tAppStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04vips\x18\x02 \x03(\tR\x04vips\x12\x14\n" +
@@ -3195,7 +4120,9 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x0eoutgoing_ports\x18\r \x03(\rR\routgoingPorts\x12#\n" +
 	"\rexclude_ports\x18\x0e \x03(\rR\fexcludePorts\x12+\n" +
 	"\x11include_addresses\x18\x0f \x03(\tR\x10includeAddresses\x12+\n" +
-	"\x11exclude_addresses\x18\x10 \x03(\tR\x10excludeAddresses\x1a>\n" +
+	"\x11exclude_addresses\x18\x10 \x03(\tR\x10excludeAddresses\x12\x19\n" +
+	"\bold_node\x18\x11 \x01(\tR\aoldNode\x12\x19\n" +
+	"\btaken_by\x18\x12 \x01(\tR\atakenBy\x1a>\n" +
 	"\x10ConnectionsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\x1a:\n" +
@@ -3251,11 +4178,65 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x04time\x18\x04 \x01(\tR\x04time\x12\x16\n" +
 	"\x06engine\x18\x05 \x01(\tR\x06engine\"R\n" +
 	"\x13AgentSnapshotsReply\x12;\n" +
-	"\tsnapshots\x18\x01 \x03(\v2\x1d.nfconnfilter.v1.SnapshotInfoR\tsnapshots\"H\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x1d.nfconnfilter.v1.SnapshotInfoR\tsnapshots\"|\n" +
 	"\x13AgentRestoreRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
-	"snapshotId\"%\n" +
+	"snapshotId\x12\x19\n" +
+	"\bold_node\x18\x03 \x01(\tR\aoldNode\x12\x17\n" +
+	"\ato_node\x18\x04 \x01(\tR\x06toNode\"\x99\x01\n" +
+	"\x13AgentMigrateRequest\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x17\n" +
+	"\ato_node\x18\x02 \x01(\tR\x06toNode\x12\x17\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\x12(\n" +
+	"\x10drain_timeout_ms\x18\x05 \x01(\x03R\x0edrainTimeoutMs\"\xf6\x01\n" +
+	"\x11AgentMigrateReply\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\tR\x02to\x12\x14\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\x12\x1f\n" +
+	"\vsnapshot_id\x18\x05 \x01(\tR\n" +
+	"snapshotId\x12.\n" +
+	"\x06phases\x18\x06 \x03(\v2\x16.nfconnfilter.v1.PhaseR\x06phases\x12\x14\n" +
+	"\x05notes\x18\a \x03(\tR\x05notes\x12\x16\n" +
+	"\x06checks\x18\b \x03(\tR\x06checks\x12\x16\n" +
+	"\x06forced\x18\t \x03(\tR\x06forced\"\xb1\x01\n" +
+	"\x13AgentPrepareRequest\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1b\n" +
+	"\tfrom_node\x18\x02 \x01(\tR\bfromNode\x12%\n" +
+	"\x0elink_addresses\x18\x03 \x03(\tR\rlinkAddresses\x12#\n" +
+	"\rconfig_digest\x18\x04 \x01(\tR\fconfigDigest\x12\x1f\n" +
+	"\vsnapshot_id\x18\x05 \x01(\tR\n" +
+	"snapshotId\"g\n" +
+	"\x11AgentPrepareReply\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x12\x16\n" +
+	"\x06checks\x18\x04 \x03(\tR\x06checks\"O\n" +
+	"\x11AgentYieldRequest\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
+	"\x05taker\x18\x02 \x01(\tR\x05taker\x12\x12\n" +
+	"\x04what\x18\x03 \x01(\tR\x04what\"\x18\n" +
+	"\x16AgentNodeStatusRequest\"\xbf\x02\n" +
+	"\aNodeApp\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1f\n" +
+	"\vsnapshot_id\x18\x03 \x01(\tR\n" +
+	"snapshotId\x12\x1c\n" +
+	"\toperation\x18\x04 \x01(\tR\toperation\x12\x17\n" +
+	"\amay_run\x18\x05 \x01(\bR\x06mayRun\x12\x14\n" +
+	"\x05fault\x18\x06 \x01(\tR\x05fault\x12\x17\n" +
+	"\aidle_ms\x18\a \x01(\x03R\x06idleMs\x12+\n" +
+	"\x11restore_requested\x18\b \x01(\bR\x10restoreRequested\x12 \n" +
+	"\vconnections\x18\t \x01(\rR\vconnections\x12\x19\n" +
+	"\bold_node\x18\n" +
+	" \x01(\tR\aoldNode\x12\x19\n" +
+	"\btaken_by\x18\v \x01(\tR\atakenBy\"l\n" +
+	"\x14AgentNodeStatusReply\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04load\x18\x02 \x01(\x01R\x04load\x12,\n" +
+	"\x04apps\x18\x03 \x03(\v2\x18.nfconnfilter.v1.NodeAppR\x04apps\"%\n" +
 	"\x11AgentAbortRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\"(\n" +
 	"\x14AgentProgressRequest\x12\x10\n" +
@@ -3266,7 +4247,7 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x05phase\x18\x03 \x01(\tR\x05phase\x12\x16\n" +
 	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x1d\n" +
 	"\n" +
-	"elapsed_ms\x18\x05 \x01(\x03R\telapsedMs2\xc4\t\n" +
+	"elapsed_ms\x18\x05 \x01(\x03R\telapsedMs2\xa2\v\n" +
 	"\x06Filter\x12G\n" +
 	"\bRegister\x12 .nfconnfilter.v1.RegisterRequest\x1a\x19.nfconnfilter.v1.AppReply\x12K\n" +
 	"\n" +
@@ -3281,10 +4262,13 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\vRestoreConn\x12#.nfconnfilter.v1.RestoreConnRequest\x1a\x19.nfconnfilter.v1.AppReply\x12G\n" +
 	"\bRestored\x12 .nfconnfilter.v1.RestoredRequest\x1a\x19.nfconnfilter.v1.AppReply\x12F\n" +
 	"\fRestoreAbort\x12\x1b.nfconnfilter.v1.AppRequest\x1a\x19.nfconnfilter.v1.AppReply\x12L\n" +
+	"\bHandover\x12 .nfconnfilter.v1.HandoverRequest\x1a\x1e.nfconnfilter.v1.HandoverReply\x12G\n" +
+	"\bHandback\x12 .nfconnfilter.v1.HandbackRequest\x1a\x19.nfconnfilter.v1.AppReply\x12E\n" +
+	"\aRelease\x12\x1f.nfconnfilter.v1.ReleaseRequest\x1a\x19.nfconnfilter.v1.AppReply\x12L\n" +
 	"\fGetConnCount\x12\x1b.nfconnfilter.v1.AppRequest\x1a\x1f.nfconnfilter.v1.ConnCountReply\x12R\n" +
 	"\vGetConnInfo\x12#.nfconnfilter.v1.GetConnInfoRequest\x1a\x1e.nfconnfilter.v1.ConnInfoReply\x12F\n" +
 	"\x06Status\x12\x1e.nfconnfilter.v1.StatusRequest\x1a\x1c.nfconnfilter.v1.StatusReply\x12?\n" +
-	"\x04Wait\x12\x1c.nfconnfilter.v1.WaitRequest\x1a\x19.nfconnfilter.v1.AppReply2\xbc\x04\n" +
+	"\x04Wait\x12\x1c.nfconnfilter.v1.WaitRequest\x1a\x19.nfconnfilter.v1.AppReply2\x8e\a\n" +
 	"\x05Agent\x12H\n" +
 	"\x05Start\x12\".nfconnfilter.v1.AgentStartRequest\x1a\x1b.nfconnfilter.v1.AgentReply\x12F\n" +
 	"\x04Stop\x12!.nfconnfilter.v1.AgentStopRequest\x1a\x1b.nfconnfilter.v1.AgentReply\x12V\n" +
@@ -3292,7 +4276,12 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\tSnapshots\x12&.nfconnfilter.v1.AgentSnapshotsRequest\x1a$.nfconnfilter.v1.AgentSnapshotsReply\x12L\n" +
 	"\aRestore\x12$.nfconnfilter.v1.AgentRestoreRequest\x1a\x1b.nfconnfilter.v1.AgentReply\x12H\n" +
 	"\x05Abort\x12\".nfconnfilter.v1.AgentAbortRequest\x1a\x1b.nfconnfilter.v1.AgentReply\x12V\n" +
-	"\bProgress\x12%.nfconnfilter.v1.AgentProgressRequest\x1a#.nfconnfilter.v1.AgentProgressReplyBTZRgithub.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1;nfconnfilterv1b\x06proto3"
+	"\bProgress\x12%.nfconnfilter.v1.AgentProgressRequest\x1a#.nfconnfilter.v1.AgentProgressReply\x12S\n" +
+	"\aMigrate\x12$.nfconnfilter.v1.AgentMigrateRequest\x1a\".nfconnfilter.v1.AgentMigrateReply\x12\\\n" +
+	"\n" +
+	"NodeStatus\x12'.nfconnfilter.v1.AgentNodeStatusRequest\x1a%.nfconnfilter.v1.AgentNodeStatusReply\x12S\n" +
+	"\aPrepare\x12$.nfconnfilter.v1.AgentPrepareRequest\x1a\".nfconnfilter.v1.AgentPrepareReply\x12H\n" +
+	"\x05Yield\x12\".nfconnfilter.v1.AgentYieldRequest\x1a\x1b.nfconnfilter.v1.AgentReplyBTZRgithub.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1;nfconnfilterv1b\x06proto3"
 
 var (
 	file_nfconnfilter_v1_nfconnfilter_proto_rawDescOnce sync.Once
@@ -3306,117 +4295,145 @@ func file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP() []byte {
 	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescData
 }
 
-var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
-	(*ErrorInfo)(nil),             // 0: nfconnfilter.v1.ErrorInfo
-	(*AppRequest)(nil),            // 1: nfconnfilter.v1.AppRequest
-	(*AppReply)(nil),              // 2: nfconnfilter.v1.AppReply
-	(*Heartbeat)(nil),             // 3: nfconnfilter.v1.Heartbeat
-	(*RegisterRequest)(nil),       // 4: nfconnfilter.v1.RegisterRequest
-	(*UnregisterRequest)(nil),     // 5: nfconnfilter.v1.UnregisterRequest
-	(*Socket)(nil),                // 6: nfconnfilter.v1.Socket
-	(*AdoptRequest)(nil),          // 7: nfconnfilter.v1.AdoptRequest
-	(*AdoptReply)(nil),            // 8: nfconnfilter.v1.AdoptReply
-	(*SnapshotStartRequest)(nil),  // 9: nfconnfilter.v1.SnapshotStartRequest
-	(*LearnReply)(nil),            // 10: nfconnfilter.v1.LearnReply
-	(*SnapshotFreezeRequest)(nil), // 11: nfconnfilter.v1.SnapshotFreezeRequest
-	(*SealRequest)(nil),           // 12: nfconnfilter.v1.SealRequest
-	(*SnapshotDoneRequest)(nil),   // 13: nfconnfilter.v1.SnapshotDoneRequest
-	(*RestoreStartRequest)(nil),   // 14: nfconnfilter.v1.RestoreStartRequest
-	(*ConnID)(nil),                // 15: nfconnfilter.v1.ConnID
-	(*RestoreConnRequest)(nil),    // 16: nfconnfilter.v1.RestoreConnRequest
-	(*RestoredRequest)(nil),       // 17: nfconnfilter.v1.RestoredRequest
-	(*ConnCountReply)(nil),        // 18: nfconnfilter.v1.ConnCountReply
-	(*GetConnInfoRequest)(nil),    // 19: nfconnfilter.v1.GetConnInfoRequest
-	(*ConnInfo)(nil),              // 20: nfconnfilter.v1.ConnInfo
-	(*ConnInfoReply)(nil),         // 21: nfconnfilter.v1.ConnInfoReply
-	(*StatusRequest)(nil),         // 22: nfconnfilter.v1.StatusRequest
-	(*AppStatus)(nil),             // 23: nfconnfilter.v1.AppStatus
-	(*Limit)(nil),                 // 24: nfconnfilter.v1.Limit
-	(*StatusReply)(nil),           // 25: nfconnfilter.v1.StatusReply
-	(*WaitRequest)(nil),           // 26: nfconnfilter.v1.WaitRequest
-	(*AgentStartRequest)(nil),     // 27: nfconnfilter.v1.AgentStartRequest
-	(*AgentStopRequest)(nil),      // 28: nfconnfilter.v1.AgentStopRequest
-	(*Phase)(nil),                 // 29: nfconnfilter.v1.Phase
-	(*AgentReply)(nil),            // 30: nfconnfilter.v1.AgentReply
-	(*AgentSnapshotRequest)(nil),  // 31: nfconnfilter.v1.AgentSnapshotRequest
-	(*AgentSnapshotReply)(nil),    // 32: nfconnfilter.v1.AgentSnapshotReply
-	(*AgentSnapshotsRequest)(nil), // 33: nfconnfilter.v1.AgentSnapshotsRequest
-	(*SnapshotInfo)(nil),          // 34: nfconnfilter.v1.SnapshotInfo
-	(*AgentSnapshotsReply)(nil),   // 35: nfconnfilter.v1.AgentSnapshotsReply
-	(*AgentRestoreRequest)(nil),   // 36: nfconnfilter.v1.AgentRestoreRequest
-	(*AgentAbortRequest)(nil),     // 37: nfconnfilter.v1.AgentAbortRequest
-	(*AgentProgressRequest)(nil),  // 38: nfconnfilter.v1.AgentProgressRequest
-	(*AgentProgressReply)(nil),    // 39: nfconnfilter.v1.AgentProgressReply
-	nil,                           // 40: nfconnfilter.v1.ConnInfo.ReasonsEntry
-	nil,                           // 41: nfconnfilter.v1.AppStatus.ConnectionsEntry
-	nil,                           // 42: nfconnfilter.v1.AppStatus.ReasonsEntry
+	(*ErrorInfo)(nil),              // 0: nfconnfilter.v1.ErrorInfo
+	(*AppRequest)(nil),             // 1: nfconnfilter.v1.AppRequest
+	(*AppReply)(nil),               // 2: nfconnfilter.v1.AppReply
+	(*Heartbeat)(nil),              // 3: nfconnfilter.v1.Heartbeat
+	(*RegisterRequest)(nil),        // 4: nfconnfilter.v1.RegisterRequest
+	(*UnregisterRequest)(nil),      // 5: nfconnfilter.v1.UnregisterRequest
+	(*Socket)(nil),                 // 6: nfconnfilter.v1.Socket
+	(*AdoptRequest)(nil),           // 7: nfconnfilter.v1.AdoptRequest
+	(*AdoptReply)(nil),             // 8: nfconnfilter.v1.AdoptReply
+	(*SnapshotStartRequest)(nil),   // 9: nfconnfilter.v1.SnapshotStartRequest
+	(*LearnReply)(nil),             // 10: nfconnfilter.v1.LearnReply
+	(*SnapshotFreezeRequest)(nil),  // 11: nfconnfilter.v1.SnapshotFreezeRequest
+	(*SealRequest)(nil),            // 12: nfconnfilter.v1.SealRequest
+	(*SnapshotDoneRequest)(nil),    // 13: nfconnfilter.v1.SnapshotDoneRequest
+	(*RestoreStartRequest)(nil),    // 14: nfconnfilter.v1.RestoreStartRequest
+	(*ConnID)(nil),                 // 15: nfconnfilter.v1.ConnID
+	(*HandoverRequest)(nil),        // 16: nfconnfilter.v1.HandoverRequest
+	(*HandoverReply)(nil),          // 17: nfconnfilter.v1.HandoverReply
+	(*HandbackRequest)(nil),        // 18: nfconnfilter.v1.HandbackRequest
+	(*ReleaseRequest)(nil),         // 19: nfconnfilter.v1.ReleaseRequest
+	(*RestoreConnRequest)(nil),     // 20: nfconnfilter.v1.RestoreConnRequest
+	(*RestoredRequest)(nil),        // 21: nfconnfilter.v1.RestoredRequest
+	(*ConnCountReply)(nil),         // 22: nfconnfilter.v1.ConnCountReply
+	(*GetConnInfoRequest)(nil),     // 23: nfconnfilter.v1.GetConnInfoRequest
+	(*ConnInfo)(nil),               // 24: nfconnfilter.v1.ConnInfo
+	(*ConnInfoReply)(nil),          // 25: nfconnfilter.v1.ConnInfoReply
+	(*StatusRequest)(nil),          // 26: nfconnfilter.v1.StatusRequest
+	(*AppStatus)(nil),              // 27: nfconnfilter.v1.AppStatus
+	(*Limit)(nil),                  // 28: nfconnfilter.v1.Limit
+	(*StatusReply)(nil),            // 29: nfconnfilter.v1.StatusReply
+	(*WaitRequest)(nil),            // 30: nfconnfilter.v1.WaitRequest
+	(*AgentStartRequest)(nil),      // 31: nfconnfilter.v1.AgentStartRequest
+	(*AgentStopRequest)(nil),       // 32: nfconnfilter.v1.AgentStopRequest
+	(*Phase)(nil),                  // 33: nfconnfilter.v1.Phase
+	(*AgentReply)(nil),             // 34: nfconnfilter.v1.AgentReply
+	(*AgentSnapshotRequest)(nil),   // 35: nfconnfilter.v1.AgentSnapshotRequest
+	(*AgentSnapshotReply)(nil),     // 36: nfconnfilter.v1.AgentSnapshotReply
+	(*AgentSnapshotsRequest)(nil),  // 37: nfconnfilter.v1.AgentSnapshotsRequest
+	(*SnapshotInfo)(nil),           // 38: nfconnfilter.v1.SnapshotInfo
+	(*AgentSnapshotsReply)(nil),    // 39: nfconnfilter.v1.AgentSnapshotsReply
+	(*AgentRestoreRequest)(nil),    // 40: nfconnfilter.v1.AgentRestoreRequest
+	(*AgentMigrateRequest)(nil),    // 41: nfconnfilter.v1.AgentMigrateRequest
+	(*AgentMigrateReply)(nil),      // 42: nfconnfilter.v1.AgentMigrateReply
+	(*AgentPrepareRequest)(nil),    // 43: nfconnfilter.v1.AgentPrepareRequest
+	(*AgentPrepareReply)(nil),      // 44: nfconnfilter.v1.AgentPrepareReply
+	(*AgentYieldRequest)(nil),      // 45: nfconnfilter.v1.AgentYieldRequest
+	(*AgentNodeStatusRequest)(nil), // 46: nfconnfilter.v1.AgentNodeStatusRequest
+	(*NodeApp)(nil),                // 47: nfconnfilter.v1.NodeApp
+	(*AgentNodeStatusReply)(nil),   // 48: nfconnfilter.v1.AgentNodeStatusReply
+	(*AgentAbortRequest)(nil),      // 49: nfconnfilter.v1.AgentAbortRequest
+	(*AgentProgressRequest)(nil),   // 50: nfconnfilter.v1.AgentProgressRequest
+	(*AgentProgressReply)(nil),     // 51: nfconnfilter.v1.AgentProgressReply
+	nil,                            // 52: nfconnfilter.v1.ConnInfo.ReasonsEntry
+	nil,                            // 53: nfconnfilter.v1.AppStatus.ConnectionsEntry
+	nil,                            // 54: nfconnfilter.v1.AppStatus.ReasonsEntry
 }
 var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
 	6,  // 0: nfconnfilter.v1.AdoptRequest.sockets:type_name -> nfconnfilter.v1.Socket
 	6,  // 1: nfconnfilter.v1.SnapshotStartRequest.sockets:type_name -> nfconnfilter.v1.Socket
 	3,  // 2: nfconnfilter.v1.SnapshotFreezeRequest.heartbeats:type_name -> nfconnfilter.v1.Heartbeat
 	15, // 3: nfconnfilter.v1.RestoreConnRequest.conns:type_name -> nfconnfilter.v1.ConnID
-	40, // 4: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
-	20, // 5: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
-	41, // 6: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
-	42, // 7: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
-	23, // 8: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
-	24, // 9: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
-	29, // 10: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
-	29, // 11: nfconnfilter.v1.AgentSnapshotReply.phases:type_name -> nfconnfilter.v1.Phase
-	34, // 12: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
-	4,  // 13: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
-	5,  // 14: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
-	7,  // 15: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
-	9,  // 16: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
-	11, // 17: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
-	12, // 18: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
-	13, // 19: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
-	1,  // 20: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
-	14, // 21: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
-	16, // 22: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
-	17, // 23: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
-	1,  // 24: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
-	1,  // 25: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
-	19, // 26: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
-	22, // 27: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
-	26, // 28: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
-	27, // 29: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
-	28, // 30: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
-	31, // 31: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
-	33, // 32: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
-	36, // 33: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
-	37, // 34: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
-	38, // 35: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
-	2,  // 36: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
-	2,  // 37: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
-	8,  // 38: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
-	10, // 39: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
-	2,  // 40: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
-	2,  // 41: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
-	2,  // 42: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
-	2,  // 43: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
-	2,  // 44: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
-	2,  // 45: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
-	2,  // 46: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
-	2,  // 47: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
-	18, // 48: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
-	21, // 49: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
-	25, // 50: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
-	2,  // 51: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
-	30, // 52: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
-	30, // 53: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
-	32, // 54: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
-	35, // 55: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
-	30, // 56: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
-	30, // 57: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
-	39, // 58: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
-	36, // [36:59] is the sub-list for method output_type
-	13, // [13:36] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	52, // 4: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
+	24, // 5: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
+	53, // 6: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
+	54, // 7: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
+	27, // 8: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
+	28, // 9: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
+	33, // 10: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
+	33, // 11: nfconnfilter.v1.AgentSnapshotReply.phases:type_name -> nfconnfilter.v1.Phase
+	38, // 12: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
+	33, // 13: nfconnfilter.v1.AgentMigrateReply.phases:type_name -> nfconnfilter.v1.Phase
+	47, // 14: nfconnfilter.v1.AgentNodeStatusReply.apps:type_name -> nfconnfilter.v1.NodeApp
+	4,  // 15: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
+	5,  // 16: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
+	7,  // 17: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
+	9,  // 18: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
+	11, // 19: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
+	12, // 20: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
+	13, // 21: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
+	1,  // 22: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
+	14, // 23: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
+	20, // 24: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
+	21, // 25: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
+	1,  // 26: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
+	16, // 27: nfconnfilter.v1.Filter.Handover:input_type -> nfconnfilter.v1.HandoverRequest
+	18, // 28: nfconnfilter.v1.Filter.Handback:input_type -> nfconnfilter.v1.HandbackRequest
+	19, // 29: nfconnfilter.v1.Filter.Release:input_type -> nfconnfilter.v1.ReleaseRequest
+	1,  // 30: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
+	23, // 31: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
+	26, // 32: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
+	30, // 33: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
+	31, // 34: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
+	32, // 35: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
+	35, // 36: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
+	37, // 37: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
+	40, // 38: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
+	49, // 39: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
+	50, // 40: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
+	41, // 41: nfconnfilter.v1.Agent.Migrate:input_type -> nfconnfilter.v1.AgentMigrateRequest
+	46, // 42: nfconnfilter.v1.Agent.NodeStatus:input_type -> nfconnfilter.v1.AgentNodeStatusRequest
+	43, // 43: nfconnfilter.v1.Agent.Prepare:input_type -> nfconnfilter.v1.AgentPrepareRequest
+	45, // 44: nfconnfilter.v1.Agent.Yield:input_type -> nfconnfilter.v1.AgentYieldRequest
+	2,  // 45: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
+	2,  // 46: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
+	8,  // 47: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
+	10, // 48: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
+	2,  // 49: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
+	2,  // 50: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
+	2,  // 51: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
+	2,  // 52: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
+	2,  // 53: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
+	2,  // 54: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
+	2,  // 55: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
+	2,  // 56: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
+	17, // 57: nfconnfilter.v1.Filter.Handover:output_type -> nfconnfilter.v1.HandoverReply
+	2,  // 58: nfconnfilter.v1.Filter.Handback:output_type -> nfconnfilter.v1.AppReply
+	2,  // 59: nfconnfilter.v1.Filter.Release:output_type -> nfconnfilter.v1.AppReply
+	22, // 60: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
+	25, // 61: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
+	29, // 62: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
+	2,  // 63: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
+	34, // 64: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
+	34, // 65: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
+	36, // 66: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
+	39, // 67: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
+	34, // 68: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
+	34, // 69: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
+	51, // 70: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
+	42, // 71: nfconnfilter.v1.Agent.Migrate:output_type -> nfconnfilter.v1.AgentMigrateReply
+	48, // 72: nfconnfilter.v1.Agent.NodeStatus:output_type -> nfconnfilter.v1.AgentNodeStatusReply
+	44, // 73: nfconnfilter.v1.Agent.Prepare:output_type -> nfconnfilter.v1.AgentPrepareReply
+	34, // 74: nfconnfilter.v1.Agent.Yield:output_type -> nfconnfilter.v1.AgentReply
+	45, // [45:75] is the sub-list for method output_type
+	15, // [15:45] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_nfconnfilter_v1_nfconnfilter_proto_init() }
@@ -3430,7 +4447,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc), len(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   43,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -66,6 +66,12 @@ const (
 	FilterRestoredProcedure = "/nfconnfilter.v1.Filter/Restored"
 	// FilterRestoreAbortProcedure is the fully-qualified name of the Filter's RestoreAbort RPC.
 	FilterRestoreAbortProcedure = "/nfconnfilter.v1.Filter/RestoreAbort"
+	// FilterHandoverProcedure is the fully-qualified name of the Filter's Handover RPC.
+	FilterHandoverProcedure = "/nfconnfilter.v1.Filter/Handover"
+	// FilterHandbackProcedure is the fully-qualified name of the Filter's Handback RPC.
+	FilterHandbackProcedure = "/nfconnfilter.v1.Filter/Handback"
+	// FilterReleaseProcedure is the fully-qualified name of the Filter's Release RPC.
+	FilterReleaseProcedure = "/nfconnfilter.v1.Filter/Release"
 	// FilterGetConnCountProcedure is the fully-qualified name of the Filter's GetConnCount RPC.
 	FilterGetConnCountProcedure = "/nfconnfilter.v1.Filter/GetConnCount"
 	// FilterGetConnInfoProcedure is the fully-qualified name of the Filter's GetConnInfo RPC.
@@ -88,6 +94,14 @@ const (
 	AgentAbortProcedure = "/nfconnfilter.v1.Agent/Abort"
 	// AgentProgressProcedure is the fully-qualified name of the Agent's Progress RPC.
 	AgentProgressProcedure = "/nfconnfilter.v1.Agent/Progress"
+	// AgentMigrateProcedure is the fully-qualified name of the Agent's Migrate RPC.
+	AgentMigrateProcedure = "/nfconnfilter.v1.Agent/Migrate"
+	// AgentNodeStatusProcedure is the fully-qualified name of the Agent's NodeStatus RPC.
+	AgentNodeStatusProcedure = "/nfconnfilter.v1.Agent/NodeStatus"
+	// AgentPrepareProcedure is the fully-qualified name of the Agent's Prepare RPC.
+	AgentPrepareProcedure = "/nfconnfilter.v1.Agent/Prepare"
+	// AgentYieldProcedure is the fully-qualified name of the Agent's Yield RPC.
+	AgentYieldProcedure = "/nfconnfilter.v1.Agent/Yield"
 )
 
 // FilterClient is a client for the nfconnfilter.v1.Filter service.
@@ -110,15 +124,25 @@ type FilterClient interface {
 	SnapshotDone(context.Context, *connect.Request[nfconnfilterv1.SnapshotDoneRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
 	// SnapshotAbort: SNAPSHOTSTART, SNAPSHOTFREEZE -> RESTORED.
 	SnapshotAbort(context.Context, *connect.Request[nfconnfilterv1.AppRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
-	// RestoreStart: SNAPSHOTDONE -> RESTORESTART.
+	// RestoreStart: SNAPSHOTDONE -> RESTORESTART. With an old node, also from
+	// unknown and BLOCKDATA: the filter has the structures handed over by that
+	// node's filter first.
 	RestoreStart(context.Context, *connect.Request[nfconnfilterv1.RestoreStartRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
 	// RestoreConn re-establishes connections to the restored application. It
 	// returns once the handshakes were started; GetConnInfo tells their progress.
 	RestoreConn(context.Context, *connect.Request[nfconnfilterv1.RestoreConnRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
 	// Restored opens all connections again: RESTORESTART -> RESTORED.
 	Restored(context.Context, *connect.Request[nfconnfilterv1.RestoredRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
-	// RestoreAbort: RESTORESTART -> SNAPSHOTDONE.
+	// RestoreAbort: RESTORESTART -> SNAPSHOTDONE; with an old node: the structures
+	// are handed back to it, and the application is unknown here.
 	RestoreAbort(context.Context, *connect.Request[nfconnfilterv1.AppRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
+	// Handover gives the structures to the filter of another node, once and to no
+	// other: SNAPSHOTDONE -> BLOCKDATA.
+	Handover(context.Context, *connect.Request[nfconnfilterv1.HandoverRequest]) (*connect.Response[nfconnfilterv1.HandoverReply], error)
+	// Handback takes them back as they are now: BLOCKDATA -> SNAPSHOTDONE.
+	Handback(context.Context, *connect.Request[nfconnfilterv1.HandbackRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
+	// Release forgets what was handed over: BLOCKDATA -> unknown.
+	Release(context.Context, *connect.Request[nfconnfilterv1.ReleaseRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
 	// GetConnCount and GetConnInfo are allowed in any state.
 	GetConnCount(context.Context, *connect.Request[nfconnfilterv1.AppRequest]) (*connect.Response[nfconnfilterv1.ConnCountReply], error)
 	GetConnInfo(context.Context, *connect.Request[nfconnfilterv1.GetConnInfoRequest]) (*connect.Response[nfconnfilterv1.ConnInfoReply], error)
@@ -212,6 +236,24 @@ func NewFilterClient(httpClient connect.HTTPClient, baseURL string, opts ...conn
 			connect.WithSchema(filterMethods.ByName("RestoreAbort")),
 			connect.WithClientOptions(opts...),
 		),
+		handover: connect.NewClient[nfconnfilterv1.HandoverRequest, nfconnfilterv1.HandoverReply](
+			httpClient,
+			baseURL+FilterHandoverProcedure,
+			connect.WithSchema(filterMethods.ByName("Handover")),
+			connect.WithClientOptions(opts...),
+		),
+		handback: connect.NewClient[nfconnfilterv1.HandbackRequest, nfconnfilterv1.AppReply](
+			httpClient,
+			baseURL+FilterHandbackProcedure,
+			connect.WithSchema(filterMethods.ByName("Handback")),
+			connect.WithClientOptions(opts...),
+		),
+		release: connect.NewClient[nfconnfilterv1.ReleaseRequest, nfconnfilterv1.AppReply](
+			httpClient,
+			baseURL+FilterReleaseProcedure,
+			connect.WithSchema(filterMethods.ByName("Release")),
+			connect.WithClientOptions(opts...),
+		),
 		getConnCount: connect.NewClient[nfconnfilterv1.AppRequest, nfconnfilterv1.ConnCountReply](
 			httpClient,
 			baseURL+FilterGetConnCountProcedure,
@@ -253,6 +295,9 @@ type filterClient struct {
 	restoreConn    *connect.Client[nfconnfilterv1.RestoreConnRequest, nfconnfilterv1.AppReply]
 	restored       *connect.Client[nfconnfilterv1.RestoredRequest, nfconnfilterv1.AppReply]
 	restoreAbort   *connect.Client[nfconnfilterv1.AppRequest, nfconnfilterv1.AppReply]
+	handover       *connect.Client[nfconnfilterv1.HandoverRequest, nfconnfilterv1.HandoverReply]
+	handback       *connect.Client[nfconnfilterv1.HandbackRequest, nfconnfilterv1.AppReply]
+	release        *connect.Client[nfconnfilterv1.ReleaseRequest, nfconnfilterv1.AppReply]
 	getConnCount   *connect.Client[nfconnfilterv1.AppRequest, nfconnfilterv1.ConnCountReply]
 	getConnInfo    *connect.Client[nfconnfilterv1.GetConnInfoRequest, nfconnfilterv1.ConnInfoReply]
 	status         *connect.Client[nfconnfilterv1.StatusRequest, nfconnfilterv1.StatusReply]
@@ -319,6 +364,21 @@ func (c *filterClient) RestoreAbort(ctx context.Context, req *connect.Request[nf
 	return c.restoreAbort.CallUnary(ctx, req)
 }
 
+// Handover calls nfconnfilter.v1.Filter.Handover.
+func (c *filterClient) Handover(ctx context.Context, req *connect.Request[nfconnfilterv1.HandoverRequest]) (*connect.Response[nfconnfilterv1.HandoverReply], error) {
+	return c.handover.CallUnary(ctx, req)
+}
+
+// Handback calls nfconnfilter.v1.Filter.Handback.
+func (c *filterClient) Handback(ctx context.Context, req *connect.Request[nfconnfilterv1.HandbackRequest]) (*connect.Response[nfconnfilterv1.AppReply], error) {
+	return c.handback.CallUnary(ctx, req)
+}
+
+// Release calls nfconnfilter.v1.Filter.Release.
+func (c *filterClient) Release(ctx context.Context, req *connect.Request[nfconnfilterv1.ReleaseRequest]) (*connect.Response[nfconnfilterv1.AppReply], error) {
+	return c.release.CallUnary(ctx, req)
+}
+
 // GetConnCount calls nfconnfilter.v1.Filter.GetConnCount.
 func (c *filterClient) GetConnCount(ctx context.Context, req *connect.Request[nfconnfilterv1.AppRequest]) (*connect.Response[nfconnfilterv1.ConnCountReply], error) {
 	return c.getConnCount.CallUnary(ctx, req)
@@ -359,15 +419,25 @@ type FilterHandler interface {
 	SnapshotDone(context.Context, *connect.Request[nfconnfilterv1.SnapshotDoneRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
 	// SnapshotAbort: SNAPSHOTSTART, SNAPSHOTFREEZE -> RESTORED.
 	SnapshotAbort(context.Context, *connect.Request[nfconnfilterv1.AppRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
-	// RestoreStart: SNAPSHOTDONE -> RESTORESTART.
+	// RestoreStart: SNAPSHOTDONE -> RESTORESTART. With an old node, also from
+	// unknown and BLOCKDATA: the filter has the structures handed over by that
+	// node's filter first.
 	RestoreStart(context.Context, *connect.Request[nfconnfilterv1.RestoreStartRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
 	// RestoreConn re-establishes connections to the restored application. It
 	// returns once the handshakes were started; GetConnInfo tells their progress.
 	RestoreConn(context.Context, *connect.Request[nfconnfilterv1.RestoreConnRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
 	// Restored opens all connections again: RESTORESTART -> RESTORED.
 	Restored(context.Context, *connect.Request[nfconnfilterv1.RestoredRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
-	// RestoreAbort: RESTORESTART -> SNAPSHOTDONE.
+	// RestoreAbort: RESTORESTART -> SNAPSHOTDONE; with an old node: the structures
+	// are handed back to it, and the application is unknown here.
 	RestoreAbort(context.Context, *connect.Request[nfconnfilterv1.AppRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
+	// Handover gives the structures to the filter of another node, once and to no
+	// other: SNAPSHOTDONE -> BLOCKDATA.
+	Handover(context.Context, *connect.Request[nfconnfilterv1.HandoverRequest]) (*connect.Response[nfconnfilterv1.HandoverReply], error)
+	// Handback takes them back as they are now: BLOCKDATA -> SNAPSHOTDONE.
+	Handback(context.Context, *connect.Request[nfconnfilterv1.HandbackRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
+	// Release forgets what was handed over: BLOCKDATA -> unknown.
+	Release(context.Context, *connect.Request[nfconnfilterv1.ReleaseRequest]) (*connect.Response[nfconnfilterv1.AppReply], error)
 	// GetConnCount and GetConnInfo are allowed in any state.
 	GetConnCount(context.Context, *connect.Request[nfconnfilterv1.AppRequest]) (*connect.Response[nfconnfilterv1.ConnCountReply], error)
 	GetConnInfo(context.Context, *connect.Request[nfconnfilterv1.GetConnInfoRequest]) (*connect.Response[nfconnfilterv1.ConnInfoReply], error)
@@ -457,6 +527,24 @@ func NewFilterHandler(svc FilterHandler, opts ...connect.HandlerOption) (string,
 		connect.WithSchema(filterMethods.ByName("RestoreAbort")),
 		connect.WithHandlerOptions(opts...),
 	)
+	filterHandoverHandler := connect.NewUnaryHandler(
+		FilterHandoverProcedure,
+		svc.Handover,
+		connect.WithSchema(filterMethods.ByName("Handover")),
+		connect.WithHandlerOptions(opts...),
+	)
+	filterHandbackHandler := connect.NewUnaryHandler(
+		FilterHandbackProcedure,
+		svc.Handback,
+		connect.WithSchema(filterMethods.ByName("Handback")),
+		connect.WithHandlerOptions(opts...),
+	)
+	filterReleaseHandler := connect.NewUnaryHandler(
+		FilterReleaseProcedure,
+		svc.Release,
+		connect.WithSchema(filterMethods.ByName("Release")),
+		connect.WithHandlerOptions(opts...),
+	)
 	filterGetConnCountHandler := connect.NewUnaryHandler(
 		FilterGetConnCountProcedure,
 		svc.GetConnCount,
@@ -507,6 +595,12 @@ func NewFilterHandler(svc FilterHandler, opts ...connect.HandlerOption) (string,
 			filterRestoredHandler.ServeHTTP(w, r)
 		case FilterRestoreAbortProcedure:
 			filterRestoreAbortHandler.ServeHTTP(w, r)
+		case FilterHandoverProcedure:
+			filterHandoverHandler.ServeHTTP(w, r)
+		case FilterHandbackProcedure:
+			filterHandbackHandler.ServeHTTP(w, r)
+		case FilterReleaseProcedure:
+			filterReleaseHandler.ServeHTTP(w, r)
 		case FilterGetConnCountProcedure:
 			filterGetConnCountHandler.ServeHTTP(w, r)
 		case FilterGetConnInfoProcedure:
@@ -572,6 +666,18 @@ func (UnimplementedFilterHandler) RestoreAbort(context.Context, *connect.Request
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Filter.RestoreAbort is not implemented"))
 }
 
+func (UnimplementedFilterHandler) Handover(context.Context, *connect.Request[nfconnfilterv1.HandoverRequest]) (*connect.Response[nfconnfilterv1.HandoverReply], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Filter.Handover is not implemented"))
+}
+
+func (UnimplementedFilterHandler) Handback(context.Context, *connect.Request[nfconnfilterv1.HandbackRequest]) (*connect.Response[nfconnfilterv1.AppReply], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Filter.Handback is not implemented"))
+}
+
+func (UnimplementedFilterHandler) Release(context.Context, *connect.Request[nfconnfilterv1.ReleaseRequest]) (*connect.Response[nfconnfilterv1.AppReply], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Filter.Release is not implemented"))
+}
+
 func (UnimplementedFilterHandler) GetConnCount(context.Context, *connect.Request[nfconnfilterv1.AppRequest]) (*connect.Response[nfconnfilterv1.ConnCountReply], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Filter.GetConnCount is not implemented"))
 }
@@ -598,6 +704,16 @@ type AgentClient interface {
 	Abort(context.Context, *connect.Request[nfconnfilterv1.AgentAbortRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error)
 	// Progress of the operation under way for an application, for a terminal.
 	Progress(context.Context, *connect.Request[nfconnfilterv1.AgentProgressRequest]) (*connect.Response[nfconnfilterv1.AgentProgressReply], error)
+	// Migrate takes a snapshot here, unless there is one, and has another node's
+	// agent restore it there.
+	Migrate(context.Context, *connect.Request[nfconnfilterv1.AgentMigrateRequest]) (*connect.Response[nfconnfilterv1.AgentMigrateReply], error)
+	// NodeStatus tells what a scheduler has to know of this node.
+	NodeStatus(context.Context, *connect.Request[nfconnfilterv1.AgentNodeStatusRequest]) (*connect.Response[nfconnfilterv1.AgentNodeStatusReply], error)
+	// Prepare tells an application's present node whether this one could take it.
+	// It changes nothing.
+	Prepare(context.Context, *connect.Request[nfconnfilterv1.AgentPrepareRequest]) (*connect.Response[nfconnfilterv1.AgentPrepareReply], error)
+	// Yield is asked of the old node by the one that takes an application over.
+	Yield(context.Context, *connect.Request[nfconnfilterv1.AgentYieldRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error)
 }
 
 // NewAgentClient constructs a client for the nfconnfilter.v1.Agent service. By default, it uses the
@@ -653,18 +769,46 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(agentMethods.ByName("Progress")),
 			connect.WithClientOptions(opts...),
 		),
+		migrate: connect.NewClient[nfconnfilterv1.AgentMigrateRequest, nfconnfilterv1.AgentMigrateReply](
+			httpClient,
+			baseURL+AgentMigrateProcedure,
+			connect.WithSchema(agentMethods.ByName("Migrate")),
+			connect.WithClientOptions(opts...),
+		),
+		nodeStatus: connect.NewClient[nfconnfilterv1.AgentNodeStatusRequest, nfconnfilterv1.AgentNodeStatusReply](
+			httpClient,
+			baseURL+AgentNodeStatusProcedure,
+			connect.WithSchema(agentMethods.ByName("NodeStatus")),
+			connect.WithClientOptions(opts...),
+		),
+		prepare: connect.NewClient[nfconnfilterv1.AgentPrepareRequest, nfconnfilterv1.AgentPrepareReply](
+			httpClient,
+			baseURL+AgentPrepareProcedure,
+			connect.WithSchema(agentMethods.ByName("Prepare")),
+			connect.WithClientOptions(opts...),
+		),
+		yield: connect.NewClient[nfconnfilterv1.AgentYieldRequest, nfconnfilterv1.AgentReply](
+			httpClient,
+			baseURL+AgentYieldProcedure,
+			connect.WithSchema(agentMethods.ByName("Yield")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // agentClient implements AgentClient.
 type agentClient struct {
-	start     *connect.Client[nfconnfilterv1.AgentStartRequest, nfconnfilterv1.AgentReply]
-	stop      *connect.Client[nfconnfilterv1.AgentStopRequest, nfconnfilterv1.AgentReply]
-	snapshot  *connect.Client[nfconnfilterv1.AgentSnapshotRequest, nfconnfilterv1.AgentSnapshotReply]
-	snapshots *connect.Client[nfconnfilterv1.AgentSnapshotsRequest, nfconnfilterv1.AgentSnapshotsReply]
-	restore   *connect.Client[nfconnfilterv1.AgentRestoreRequest, nfconnfilterv1.AgentReply]
-	abort     *connect.Client[nfconnfilterv1.AgentAbortRequest, nfconnfilterv1.AgentReply]
-	progress  *connect.Client[nfconnfilterv1.AgentProgressRequest, nfconnfilterv1.AgentProgressReply]
+	start      *connect.Client[nfconnfilterv1.AgentStartRequest, nfconnfilterv1.AgentReply]
+	stop       *connect.Client[nfconnfilterv1.AgentStopRequest, nfconnfilterv1.AgentReply]
+	snapshot   *connect.Client[nfconnfilterv1.AgentSnapshotRequest, nfconnfilterv1.AgentSnapshotReply]
+	snapshots  *connect.Client[nfconnfilterv1.AgentSnapshotsRequest, nfconnfilterv1.AgentSnapshotsReply]
+	restore    *connect.Client[nfconnfilterv1.AgentRestoreRequest, nfconnfilterv1.AgentReply]
+	abort      *connect.Client[nfconnfilterv1.AgentAbortRequest, nfconnfilterv1.AgentReply]
+	progress   *connect.Client[nfconnfilterv1.AgentProgressRequest, nfconnfilterv1.AgentProgressReply]
+	migrate    *connect.Client[nfconnfilterv1.AgentMigrateRequest, nfconnfilterv1.AgentMigrateReply]
+	nodeStatus *connect.Client[nfconnfilterv1.AgentNodeStatusRequest, nfconnfilterv1.AgentNodeStatusReply]
+	prepare    *connect.Client[nfconnfilterv1.AgentPrepareRequest, nfconnfilterv1.AgentPrepareReply]
+	yield      *connect.Client[nfconnfilterv1.AgentYieldRequest, nfconnfilterv1.AgentReply]
 }
 
 // Start calls nfconnfilter.v1.Agent.Start.
@@ -702,6 +846,26 @@ func (c *agentClient) Progress(ctx context.Context, req *connect.Request[nfconnf
 	return c.progress.CallUnary(ctx, req)
 }
 
+// Migrate calls nfconnfilter.v1.Agent.Migrate.
+func (c *agentClient) Migrate(ctx context.Context, req *connect.Request[nfconnfilterv1.AgentMigrateRequest]) (*connect.Response[nfconnfilterv1.AgentMigrateReply], error) {
+	return c.migrate.CallUnary(ctx, req)
+}
+
+// NodeStatus calls nfconnfilter.v1.Agent.NodeStatus.
+func (c *agentClient) NodeStatus(ctx context.Context, req *connect.Request[nfconnfilterv1.AgentNodeStatusRequest]) (*connect.Response[nfconnfilterv1.AgentNodeStatusReply], error) {
+	return c.nodeStatus.CallUnary(ctx, req)
+}
+
+// Prepare calls nfconnfilter.v1.Agent.Prepare.
+func (c *agentClient) Prepare(ctx context.Context, req *connect.Request[nfconnfilterv1.AgentPrepareRequest]) (*connect.Response[nfconnfilterv1.AgentPrepareReply], error) {
+	return c.prepare.CallUnary(ctx, req)
+}
+
+// Yield calls nfconnfilter.v1.Agent.Yield.
+func (c *agentClient) Yield(ctx context.Context, req *connect.Request[nfconnfilterv1.AgentYieldRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error) {
+	return c.yield.CallUnary(ctx, req)
+}
+
 // AgentHandler is an implementation of the nfconnfilter.v1.Agent service.
 type AgentHandler interface {
 	Start(context.Context, *connect.Request[nfconnfilterv1.AgentStartRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error)
@@ -712,6 +876,16 @@ type AgentHandler interface {
 	Abort(context.Context, *connect.Request[nfconnfilterv1.AgentAbortRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error)
 	// Progress of the operation under way for an application, for a terminal.
 	Progress(context.Context, *connect.Request[nfconnfilterv1.AgentProgressRequest]) (*connect.Response[nfconnfilterv1.AgentProgressReply], error)
+	// Migrate takes a snapshot here, unless there is one, and has another node's
+	// agent restore it there.
+	Migrate(context.Context, *connect.Request[nfconnfilterv1.AgentMigrateRequest]) (*connect.Response[nfconnfilterv1.AgentMigrateReply], error)
+	// NodeStatus tells what a scheduler has to know of this node.
+	NodeStatus(context.Context, *connect.Request[nfconnfilterv1.AgentNodeStatusRequest]) (*connect.Response[nfconnfilterv1.AgentNodeStatusReply], error)
+	// Prepare tells an application's present node whether this one could take it.
+	// It changes nothing.
+	Prepare(context.Context, *connect.Request[nfconnfilterv1.AgentPrepareRequest]) (*connect.Response[nfconnfilterv1.AgentPrepareReply], error)
+	// Yield is asked of the old node by the one that takes an application over.
+	Yield(context.Context, *connect.Request[nfconnfilterv1.AgentYieldRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error)
 }
 
 // NewAgentHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -763,6 +937,30 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(agentMethods.ByName("Progress")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentMigrateHandler := connect.NewUnaryHandler(
+		AgentMigrateProcedure,
+		svc.Migrate,
+		connect.WithSchema(agentMethods.ByName("Migrate")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentNodeStatusHandler := connect.NewUnaryHandler(
+		AgentNodeStatusProcedure,
+		svc.NodeStatus,
+		connect.WithSchema(agentMethods.ByName("NodeStatus")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentPrepareHandler := connect.NewUnaryHandler(
+		AgentPrepareProcedure,
+		svc.Prepare,
+		connect.WithSchema(agentMethods.ByName("Prepare")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentYieldHandler := connect.NewUnaryHandler(
+		AgentYieldProcedure,
+		svc.Yield,
+		connect.WithSchema(agentMethods.ByName("Yield")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/nfconnfilter.v1.Agent/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AgentStartProcedure:
@@ -779,6 +977,14 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 			agentAbortHandler.ServeHTTP(w, r)
 		case AgentProgressProcedure:
 			agentProgressHandler.ServeHTTP(w, r)
+		case AgentMigrateProcedure:
+			agentMigrateHandler.ServeHTTP(w, r)
+		case AgentNodeStatusProcedure:
+			agentNodeStatusHandler.ServeHTTP(w, r)
+		case AgentPrepareProcedure:
+			agentPrepareHandler.ServeHTTP(w, r)
+		case AgentYieldProcedure:
+			agentYieldHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -814,4 +1020,20 @@ func (UnimplementedAgentHandler) Abort(context.Context, *connect.Request[nfconnf
 
 func (UnimplementedAgentHandler) Progress(context.Context, *connect.Request[nfconnfilterv1.AgentProgressRequest]) (*connect.Response[nfconnfilterv1.AgentProgressReply], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Agent.Progress is not implemented"))
+}
+
+func (UnimplementedAgentHandler) Migrate(context.Context, *connect.Request[nfconnfilterv1.AgentMigrateRequest]) (*connect.Response[nfconnfilterv1.AgentMigrateReply], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Agent.Migrate is not implemented"))
+}
+
+func (UnimplementedAgentHandler) NodeStatus(context.Context, *connect.Request[nfconnfilterv1.AgentNodeStatusRequest]) (*connect.Response[nfconnfilterv1.AgentNodeStatusReply], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Agent.NodeStatus is not implemented"))
+}
+
+func (UnimplementedAgentHandler) Prepare(context.Context, *connect.Request[nfconnfilterv1.AgentPrepareRequest]) (*connect.Response[nfconnfilterv1.AgentPrepareReply], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Agent.Prepare is not implemented"))
+}
+
+func (UnimplementedAgentHandler) Yield(context.Context, *connect.Request[nfconnfilterv1.AgentYieldRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Agent.Yield is not implemented"))
 }
