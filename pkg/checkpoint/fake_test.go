@@ -61,6 +61,7 @@ type world struct {
 	inFlight  int
 	most      int // most connections in flight at once
 	stopAgent context.CancelFunc
+	answering []string // link-layer addresses that answer for the VIP
 }
 
 var (
@@ -304,6 +305,16 @@ func (w *world) has(ns string, _ netip.Addr) (string, bool, error) {
 		return "lo", w.vip[ns], nil
 	}
 	return "eth0", w.vip[ns], nil
+}
+
+func (w *world) announce(iface string, _ netip.Addr) error { return w.do("announce+" + iface) }
+
+func (w *world) links(string) []string { return []string{"02:00:00:00:00:0a"} }
+
+func (w *world) probe(_, _ string, _ netip.Addr) ([]string, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.answering, w.fail["probe"]
 }
 
 func (w *world) route(netip.Addr) (string, error) {
