@@ -138,6 +138,7 @@ func Run(ctx context.Context, o Options) error {
 	if a.peers, err = control.NewPeers(control.ClusterPeers(a.config)); err != nil {
 		return err
 	}
+	a.dialPeers()
 	for _, f := range cfg.AllFaults() {
 		a.log.Error("application disabled", "fault", f.Error())
 	}
