@@ -81,6 +81,7 @@ type agent struct {
 	addrs       addresses
 	sysctl      func(namespace, name string) string // a value below /proc/sys, "" where it cannot be read
 	launch      launcher
+	peers       *control.Peers // the way to the other nodes
 	store       store
 	intents     intents
 	trust       func(path string) error // whether root may run what the file says
@@ -118,6 +119,9 @@ func Run(ctx context.Context, o Options) error {
 	a := newAgent(ctx, o, cfg, filter)
 	a.launch, a.addrs = launch, osAddresses{log: o.Logger}
 	a.openSockets = openSockets
+	if a.peers, err = control.NewPeers(control.ClusterPeers(a.config)); err != nil {
+		return err
+	}
 	for _, f := range cfg.AllFaults() {
 		a.log.Error("application disabled", "fault", f.Error())
 	}
@@ -142,7 +146,7 @@ func newAgent(root context.Context, o Options, cfg *config.Config, filter nfconn
 	}
 }
 
-// serve opens both doors and waits for their end and that of all operations.
+// serve opens the doors and waits for their end and that of all operations.
 func (a *agent) serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -167,19 +171,30 @@ func (a *agent) serve(ctx context.Context) error {
 		}
 		defer rl.Close()
 	}
-	a.recover(ctx)
-	errs := make(chan error, 2)
+	errs := make(chan error, 3) // one for each door
 	var wg sync.WaitGroup
-	wg.Go(func() {
-		errs <- control.Serve(ctx, l, control.AgentHandler(a), control.AllowGroup(node.ControlGroup))
-		cancel()
+	// A door that cannot be kept open ends the agent.
+	door := func(f func() error) {
+		wg.Go(func() {
+			errs <- f()
+			cancel()
+		})
+	}
+	peers := &peerPort{a: a, ctx: ctx}
+	servePeers, err := peers.ensure()
+	if err != nil {
+		return err
+	}
+	a.recover(ctx)
+	if servePeers != nil {
+		door(servePeers)
+	}
+	door(func() error {
+		return control.Serve(ctx, l, control.AgentHandler(a), control.AllowGroup(node.ControlGroup))
 	})
 	if rl != nil {
 		s := &requestServer{allowed: a.mayRequest, accept: a.requested}
-		wg.Go(func() {
-			errs <- s.serve(ctx, rl)
-			cancel()
-		})
+		door(func() error { return s.serve(ctx, rl) })
 	}
 	wg.Go(func() { a.keepAdopted(ctx) })
 	a.log.Info("agent serves", "socket", node.AgentSocket, "node", node.Name)
@@ -192,6 +207,12 @@ func (a *agent) serve(ctx context.Context) error {
 				continue
 			}
 			a.reload()
+			switch servePeers, err := peers.ensure(); {
+			case err != nil:
+				a.log.Error("other nodes do not reach this agent", "err", err)
+			case servePeers != nil:
+				door(servePeers)
+			}
 		}
 	}
 	wg.Wait()
