@@ -15,6 +15,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/restorereq"
 	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
 	"github.com/nfconnfilter/nfconnfilter/internal/vip"
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
@@ -193,8 +194,8 @@ func (a *agent) serve(ctx context.Context) error {
 		return control.Serve(ctx, l, control.AgentHandler(a), control.AllowGroup(node.ControlGroup))
 	})
 	if rl != nil {
-		s := &requestServer{allowed: a.mayRequest, accept: a.requested}
-		door(func() error { return s.serve(ctx, rl) })
+		s := &restorereq.Server{Allowed: a.mayRequest, Accept: a.requested}
+		door(func() error { return s.Serve(ctx, rl) })
 	}
 	wg.Go(func() { a.keepAdopted(ctx) })
 	a.log.Info("agent serves", "socket", node.AgentSocket, "node", node.Name)
@@ -320,12 +321,7 @@ func (a *agent) trusted(app *config.App) error {
 }
 
 // mayRequest tells who may ask for restores: this machine and the nodes.
-func (a *agent) mayRequest(peer netip.Addr) bool {
-	if peer.IsLoopback() {
-		return true
-	}
-	return slices.ContainsFunc(a.config().Cluster.Nodes, func(n config.ClusterNode) bool { return n.Address.Unmap() == peer })
-}
+func (a *agent) mayRequest(peer netip.Addr) bool { return restorereq.FromNodes(a.config(), peer) }
 
 // processOf gives the application's process; nil when none runs.
 func (a *agent) processOf(app *config.App) (process, error) {

@@ -108,7 +108,7 @@ var forbidden = []struct {
 	{[]string{"pkg/appstate"}, []string{"pkg/...", "internal/..."}, []string{"pkg/seqnum", "pkg/packet"}, "states do not know how packets are answered"},
 	{[]string{"pkg/boundary"}, []string{"pkg/...", "internal/..."}, nil, "what a stream means follows from its octets alone"},
 	{[]string{"pkg/filter", "pkg/filter/*"}, []string{"pkg/...", "internal/..."}, append([]string{"pkg/filter"}, pure...), "the engine decides; control and edges are the driver's"},
-	{[]string{"pkg/..."}, []string{"internal/..."}, []string{"internal/sockdiag", "internal/vip", "internal/connhook"}, "what others may import must not need the edges of the filter"},
+	{[]string{"pkg/..."}, []string{"internal/..."}, []string{"internal/sockdiag", "internal/vip", "internal/connhook", "internal/restorereq"}, "what others may import must not need the edges of the filter"},
 	{[]string{"pkg/control", "pkg/config"}, []string{"internal/..."}, nil, "clients and tools use these without any edge"},
 	{edges, append([]string{"pkg/filter", "pkg/tcpemu", "pkg/rewrite", "pkg/appstate", "pkg/checkpoint", "internal/node"}, edges...), nil,
 		"an edge touches the outside and decides nothing, and knows no other edge"},
