@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -87,6 +88,7 @@ type agent struct {
 	intents     intents
 	trust       func(path string) error // whether root may run what the file says
 	readApp     func(name string) (*config.App, error)
+	idle        *idleMeters
 	root        context.Context // ends when the agent is told to stop
 	wg          sync.WaitGroup  // operations under way
 
@@ -95,6 +97,8 @@ type agent struct {
 	ops    map[string]*operation
 	wanted map[string]bool // restore requests that came during another operation
 	procs  map[string]process
+
+	loadSaid string // what is in the log of the load
 }
 
 var _ nfconnfilterv1connect.AgentHandler = (*agent)(nil)
@@ -144,6 +148,7 @@ func newAgent(root context.Context, o Options, cfg *config.Config, filter nfconn
 		o:       o, log: o.Logger, filter: filter, cfg: cfg, root: root,
 		store: store{filepath.Join(o.SharedDir, "snapshots")}, intents: intents{cfg.Node.StateDir},
 		ops: map[string]*operation{}, wanted: map[string]bool{}, procs: map[string]process{},
+		idle: &idleMeters{all: map[string]*idleMeter{}, now: time.Now},
 	}
 }
 
@@ -198,6 +203,7 @@ func (a *agent) serve(ctx context.Context) error {
 		door(func() error { return s.Serve(ctx, rl) })
 	}
 	wg.Go(func() { a.keepAdopted(ctx) })
+	wg.Go(func() { a.keepIdle(ctx) })
 	a.log.Info("agent serves", "socket", node.AgentSocket, "node", node.Name)
 	for reload := a.o.Reload; ctx.Err() == nil; {
 		select {
