@@ -272,7 +272,7 @@ func TestPrintable(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	r := newRig(t)
-	for _, name := range []string{"", "start", "stop", "status", "conns", "snapshot", "snapshots", "restore", "abort", "wait", "ioctl", "agent"} {
+	for _, name := range []string{"", "start", "stop", "status", "conns", "snapshot", "snapshots", "restore", "abort", "wait", "ioctl", "agent", "scheduler"} {
 		args := []string{name, "--help"}
 		if name == "" {
 			args = args[1:]

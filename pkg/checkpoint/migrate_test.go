@@ -303,4 +303,3 @@ func TestYieldRefused(t *testing.T) {
 		t.Error("the VIP went")
 	}
 }
-
