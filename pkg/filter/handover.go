@@ -16,8 +16,7 @@ type (
 	// Handover gives the structures to node To; the answer is *Structures. ID: the
 	// snapshot that it has, "": any.
 	Handover struct{ App, To, ID string }
-	// Handback takes them back from node From, as they are now; nil: as they
-	// were handed over.
+	// Handback takes them back from node From, as they are now.
 	Handback struct {
 		App, From string
 		Given     *Structures
@@ -81,9 +80,9 @@ func (e *Engine) handover(now Time, b *Handover, a *app, fx *Effects) (any, erro
 	case b.ID != "" && b.ID != a.snapID:
 		return nil, e.refuse(a, "HANDOVER refused: the connections of application %q belong to snapshot %s, not %s", a.name, a.snapID, b.ID)
 	}
-	if a.state != appstate.BlockData {
+	a.term++ // each time: what the taker has sent before its question is void
+	if a.mark(); a.state != appstate.BlockData {
 		a.takenBy = b.To
-		a.term++
 		a.wakeAt = 0
 		a.set(appstate.BlockData, fx, "handed over to node "+b.To)
 	}
@@ -101,10 +100,10 @@ func (e *Engine) handback(now Time, b *Handback, a *app, fx *Effects) (any, erro
 		return nil, e.refuse(a, "HANDBACK refused: application %q was handed over to node %s, not %s", a.name, a.takenBy, b.From)
 	}
 	st := b.Given
-	if st == nil {
-		st = e.structures(now, a, a.term)
-	}
-	if st.App.Term != a.term {
+	switch {
+	case st == nil:
+		return nil, fmt.Errorf("%w: HANDBACK needs the structures", ErrInvalid)
+	case st.App.Term != a.term:
 		return nil, e.refuse(a, "HANDBACK refused: these structures of application %q are of an earlier handover", a.name)
 	}
 	if err := e.admissible(a.name, a, st); err != nil {
@@ -224,12 +223,12 @@ func (e *Engine) restoreTaken(now Time, b *RestoreStart, a *app, fx *Effects) (a
 		return e.restoring(now, a, fx), nil
 	}
 	switch {
-	case b.Given == nil:
-		return nil, fmt.Errorf("%w: RESTORESTART with an old node needs that node's structures", ErrInvalid)
 	case a != nil && a.yielding:
 		return nil, e.refuse(a, "RESTORESTART refused: application %q is being handed back to node %s; repeat it when that is done", a.name, a.takenBy)
 	case a != nil && a.takenBy != b.OldNode:
 		return nil, e.refuse(a, "RESTORESTART refused: application %q was handed over to node %s, not %s", a.name, a.takenBy, b.OldNode)
+	case b.Given == nil:
+		return nil, fmt.Errorf("%w: RESTORESTART with an old node needs that node's structures", ErrInvalid)
 	case b.ID != "" && b.ID != b.Given.App.SnapshotID:
 		return nil, &Error{App: b.App, Text: fmt.Sprintf("RESTORESTART refused: the connections of application %q belong to snapshot %s, not %s", b.App, b.Given.App.SnapshotID, b.ID)}
 	case b.IP.IsValid() && !slices.Contains(b.Given.App.VIPs, b.IP):
