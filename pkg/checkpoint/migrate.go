@@ -122,7 +122,7 @@ func (a *agent) migrateOnce(ctx context.Context, app *config.App, m *pb.AgentMig
 	}
 	target, done, err := a.dialAgent(m.ToNode)
 	if err != nil {
-		return nil, false, failed(opMigrate, app.Name, st.State, err)
+		return nil, false, failed(opMigrate, app.Name, st.State, noted(err, "; nothing was changed"))
 	}
 	defer done()
 	r := &migrateRun{a: a, op: op, app: app, to: m.ToNode, target: target, id: st.SnapshotId}

@@ -60,7 +60,7 @@ func inOrder(t *testing.T, trace string, want ...string) {
 // Whatever fails on the new node before RESTORED, the application runs on the
 // old one again, with everything that it had.
 func TestMigrateFails(t *testing.T) {
-	for _, step := range []string{"TAKE", "list", "vip+eth0", "exec", "dies", "deaf", "RESTORECONN-syn", "RESTORED", "INFO"} {
+	for _, step := range []string{"TAKE", "vip+eth0", "exec", "dies", "deaf", "RESTORECONN-syn", "RESTORED", "INFO"} {
 		t.Run(step, func(t *testing.T) {
 			p := newPair(t, 3)
 			p.w[1].fail[step] = connect.NewError(connect.CodeInternal, errTest)
@@ -302,4 +302,22 @@ func TestYieldRefused(t *testing.T) {
 	if !p.w[0].vip[""] {
 		t.Error("the VIP went")
 	}
+}
+
+// What cannot be given back at once is given back later, and then the
+// application comes back.
+func TestMigrateUndoneLater(t *testing.T) {
+	p := newPair(t, 3)
+	p.w[1].fail["list"] = errTest
+	if _, err := p.migrate(t.Context(), 0); err == nil || !strings.Contains(err.Error(), "it is tried again") {
+		t.Fatal(err)
+	}
+	p.w[1].mu.Lock()
+	if p.w[1].state != control.StateRestoreStart || !p.w[1].vip[""] {
+		t.Errorf("not held by the new node: %q", p.w[1].state)
+	}
+	delete(p.w[1].fail, "list")
+	p.w[1].mu.Unlock()
+	p.settled(t)
+	p.at(t, 0, control.StateRestored)
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http/httptest"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -136,4 +137,20 @@ func (p *pair) at(t *testing.T, i int, state string) {
 
 func (p *pair) migrate(ctx context.Context, from int) (*pb.AgentMigrateReply, error) {
 	return p.a[from].migrate(ctx, &pb.AgentMigrateRequest{App: "redis", ToNode: p.w[1-from].node}, false)
+}
+
+// settled waits until nothing is under way and no record of anything is left.
+func (p *pair) settled(t *testing.T) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	_ = poll(ctx, pollFirst, pollMost, func() (bool, error) {
+		for _, a := range p.a {
+			in, _ := a.intents.load("redis")
+			if nodes, _ := a.owed.nodes("redis"); len(nodes) > 0 || in != nil || a.busy("redis") {
+				return false, nil
+			}
+		}
+		return true, nil
+	})
 }
