@@ -394,6 +394,12 @@ func (a *agent) resumeForeign(op *operation, app *config.App, in *intent, st *pb
 // still swallows its segments, that it may forget it. Those that cannot be told
 // are told later.
 func (a *agent) settle(app string) {
+	if err := a.releaseOld(app); err != nil {
+		a.log.Warn("an old node is not released yet, it is asked again", "app", app, "err", err)
+	}
+}
+
+func (a *agent) releaseOld(app string) error {
 	nodes, err := a.owed.nodes(app)
 	for _, n := range nodes {
 		old, done, derr := a.dialAgent(n)
@@ -410,15 +416,14 @@ func (a *agent) settle(app string) {
 			err = errors.Join(err, peerError(derr, app, n))
 		}
 	}
-	if err != nil {
-		a.log.Warn("an old node is not released yet, it is asked again", "app", app, "err", err)
-	}
+	return err
 }
 
 // keepSettled releases what could not be released at once, until ctx ends.
 func (a *agent) keepSettled(ctx context.Context) {
 	tick := time.NewTicker(settleEvery)
 	defer tick.Stop()
+	said := map[string]string{} // the failure that is in the log
 	for {
 		select {
 		case <-ctx.Done():
@@ -430,22 +435,29 @@ func (a *agent) keepSettled(ctx context.Context) {
 			a.log.Warn("old nodes that are to be released are not known", "err", err)
 		}
 		for _, app := range apps {
-			a.settleLater(ctx, app)
+			text := ""
+			if err := a.settleLater(ctx, app); err != nil {
+				text = err.Error()
+			}
+			if text != "" && text != said[app] {
+				a.log.Warn("an old node is not released yet, it is asked again", "app", app, "err", text)
+			}
+			said[app] = text
 		}
 	}
 }
 
 // settleLater releases the old nodes of an application that nothing is done
 // with and that is not to be given back.
-func (a *agent) settleLater(ctx context.Context, app string) {
+func (a *agent) settleLater(ctx context.Context, app string) error {
 	if a.busy(app) {
-		return
+		return nil
 	}
 	if in, err := a.intents.load(app); err != nil || in != nil && in.OldNode != "" {
-		return
+		return err
 	}
 	if st, err := a.status(ctx, app); err != nil || slices.Contains([]string{control.StateRestoreStart, control.StateBlockData}, st.State) {
-		return
+		return err
 	}
-	a.settle(app)
+	return a.releaseOld(app)
 }

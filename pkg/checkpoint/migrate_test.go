@@ -268,7 +268,9 @@ func TestMigrateReleaseLater(t *testing.T) {
 		t.Fatalf("owed: %v %v", nodes, err)
 	}
 	delete(p.w[0].fail, "RELEASE")
-	p.a[1].settleLater(t.Context(), "redis")
+	if err := p.a[1].settleLater(t.Context(), "redis"); err != nil {
+		t.Error(err)
+	}
 	p.at(t, 1, control.StateRestored)
 
 	p.w[1].fail["RELEASE"] = errTest // now the other way round, and straight back
@@ -279,7 +281,9 @@ func TestMigrateReleaseLater(t *testing.T) {
 		t.Fatal(err)
 	}
 	delete(p.w[1].fail, "RELEASE")
-	p.a[0].settleLater(t.Context(), "redis")
+	if err := p.a[0].settleLater(t.Context(), "redis"); err != nil {
+		t.Error(err)
+	}
 	p.at(t, 1, control.StateRestored)
 }
 
