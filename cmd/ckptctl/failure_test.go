@@ -64,7 +64,7 @@ func TestUsage(t *testing.T) {
 		{`required flag(s) "state"`, []string{"wait", "redis"}},
 		{"CONNECTED, SNAPSHOTSTART", []string{"wait", "redis", "--state", ""}},
 		{"REGISTER APP VIP", []string{"ioctl"}},
-		{"GETCONNINFO APP", []string{"ioctl", "HANDOVER", "redis"}},
+		{"GETCONNINFO APP", []string{"ioctl", "HANDOUT", "redis"}},
 		{"usage: ckptctl ioctl SEAL APP", []string{"ioctl", "SEAL"}},
 		{"usage: ckptctl ioctl SNAPSHOTDONE APP ID [--force]", []string{"ioctl", "SNAPSHOTDONE", "redis"}},
 		{"--force is not for SEAL", []string{"ioctl", "SEAL", "redis", "--force"}},
