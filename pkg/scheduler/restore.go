@@ -33,10 +33,12 @@ func (s *Scheduler) restore(now time.Time, name string, a *app) *Action {
 			break
 		}
 	}
-	if to == nil {
+	if to == nil || to.name != holder.name {
 		if slices.ContainsFunc(places, func(p place) bool { return !p.fresh && !p.node.down && s.allowed(name, p.name) }) {
-			return nil // not heard yet
+			return nil // not heard yet, and perhaps the better one
 		}
+	}
+	if to == nil {
 		a.restore.Failed(now, restoreFirst, restoreMost)
 		clear(a.tried)
 		if !holder.RestoreRequested {
