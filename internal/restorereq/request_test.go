@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -200,6 +201,44 @@ func TestFlood(t *testing.T) {
 		t.Errorf("the oldest got %q, %v", b, err)
 	}
 	ask()
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// Twice as many requests at once as one source may have open: each is served,
+// for each has said its line.
+func TestBurst(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var taken atomic.Int32
+	s := &Server{Allowed: netip.Addr.IsLoopback, Accept: func(netip.Addr) error { taken.Add(1); return nil }}
+	ctx, cancel := context.WithCancel(t.Context())
+	// Everybody has spoken before the first is accepted.
+	var open []net.Conn
+	for range 2 * maxPerSource {
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		_, _ = io.WriteString(c, "Restore 192.000.002.100\r\n")
+		open = append(open, c)
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ctx, l) }()
+	for i, c := range open {
+		if line, err := bufio.NewReader(c).ReadString('\n'); line != "OK\r\n" {
+			t.Fatalf("request %d: %q, %v", i, line, err)
+		}
+	}
+	if n := taken.Load(); n != 2*maxPerSource {
+		t.Errorf("%d were taken", n)
+	}
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)

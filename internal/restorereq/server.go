@@ -24,7 +24,10 @@ const (
 	strangerTimeout = 10 * time.Millisecond
 	// maxPerSource is how many connections one source may have open. All
 	// loopback addresses are one source.
-	maxPerSource = 64
+	maxPerSource = 256
+	// lastLook is how long the oldest of too many has still: its line may be
+	// there already, and not have been read.
+	lastLook = 5 * time.Millisecond
 	// acceptPause is waited when there are no descriptors left.
 	acceptPause = 20 * time.Millisecond
 )
@@ -145,7 +148,10 @@ func (s *Server) answer(a *asker) {
 	s.mu.Unlock()
 	vip, err := read(a)
 	if there := s.leave(a); err != nil && !there {
-		err = errCrowded
+		_ = a.SetReadDeadline(time.Now().Add(lastLook))
+		if vip, err = read(a); err != nil {
+			err = errCrowded
+		}
 	}
 	if err == nil {
 		err = s.Accept(vip)

@@ -13,16 +13,22 @@ import (
 const opMigrate = "migrate"
 
 // balance decides which applications move off loaded nodes: one at a time for
-// each node, and none back to a node that it was moved off, unless its own node
-// was well loaded with it meanwhile.
+// each node, and none back to a node that it was moved off, until all nodes are
+// below High at once.
 //
-// So a row of moves ends, whatever the loads are: while no node gets below
-// High with an application on it, that application comes to each node once.
+// So a row of moves ends where loads follow the applications, also where they
+// cannot be spread well: either no node is loaded any more, or each application
+// comes to each node once at the most.
 func (s *Scheduler) balance(now time.Time) []Action {
 	if s.cfg.High <= 0 {
 		return nil
 	}
 	moving := s.moving()
+	if len(moving) == 0 && s.calm(now) {
+		for _, a := range s.apps {
+			clear(a.left)
+		}
+	}
 	free := func(name string) bool {
 		n := s.nodes[name]
 		return n.seen && !n.down && n.status.Load >= 0 && !moving[name] && !now.Before(n.rested) && !n.status.At.Before(n.rested)
@@ -49,6 +55,20 @@ func (s *Scheduler) balance(now time.Time) []Action {
 		}
 	}
 	return out
+}
+
+// calm tells that no node is loaded, as far as they answer, and that the moves
+// until now show in their loads.
+func (s *Scheduler) calm(now time.Time) bool {
+	for _, n := range s.nodes {
+		if !n.seen || now.Before(n.rested) || n.status.At.Before(n.rested) {
+			return false
+		}
+		if !n.down && n.status.Load >= s.cfg.High {
+			return false
+		}
+	}
+	return true
 }
 
 // moving gives the nodes that are part of a migration, whoever began it.

@@ -33,10 +33,12 @@ func (s *Scheduler) restore(now time.Time, name string, a *app) *Action {
 			break
 		}
 	}
-	if to == nil {
+	if to == nil || to.name != holder.name {
 		if slices.ContainsFunc(places, func(p place) bool { return !p.fresh && !p.node.down && s.allowed(name, p.name) }) {
-			return nil // not heard yet
+			return nil // not heard yet, and perhaps the better one
 		}
+	}
+	if to == nil {
 		a.restore.Failed(now, restoreFirst, restoreMost)
 		clear(a.tried)
 		if !holder.RestoreRequested {
@@ -62,7 +64,7 @@ func (s *Scheduler) restore(now time.Time, name string, a *app) *Action {
 // for; a request that nothing can come of is dropped.
 func (s *Scheduler) holder(now time.Time, name string, a *app, places []place) *place {
 	var held, running []*place
-	silent, unheard := "", false
+	silent, taker, unheard := "", "", false
 	for i := range places {
 		p := &places[i]
 		switch {
@@ -75,7 +77,7 @@ func (s *Scheduler) holder(now time.Time, name string, a *app, places []place) *
 		case !p.fresh && p.node.down && p.State == appstate.SnapshotDone:
 			silent = p.name
 		case p.fresh && p.State == appstate.BlockData && s.nodes[p.TakenBy] != nil && s.nodes[p.TakenBy].down:
-			silent = p.TakenBy
+			taker = p.TakenBy
 		}
 		unheard = unheard || !p.node.down && (!p.fresh || p.node.status.At.Before(a.asked))
 	}
@@ -94,6 +96,9 @@ func (s *Scheduler) holder(now time.Time, name string, a *app, places []place) *
 		if !a.asked.IsZero() || s.wakes(silent, name) {
 			s.say(name, a, true, "held on node %s, which does not answer, and not taken over; it is restored when the node is back", silent)
 		}
+		s.expire(now, a)
+	case taker != "":
+		s.say(name, a, true, "handed over to node %s, which does not answer; nobody else takes it, it goes on when the node is back", taker)
 		s.expire(now, a)
 	case !unheard && s.allHeard():
 		if !a.asked.IsZero() {

@@ -111,12 +111,6 @@ func (s *Scheduler) Observe(st NodeStatus) {
 		s.notes = append(s.notes, Note{Node: st.Node, Text: "the node answers again"})
 	}
 	n.status, n.seen, n.down, n.asked, n.said = st, true, false, st.At, ""
-	for _, p := range st.Apps {
-		// Where it is now it is no burden: it may go anywhere again.
-		if a := s.apps[p.Name]; a != nil && p.running() && st.Load >= 0 && st.Load < s.cfg.High && !st.At.Before(n.rested) {
-			clear(a.left)
-		}
-	}
 }
 
 // Unreachable says that a node did not answer when it was asked at that time.
