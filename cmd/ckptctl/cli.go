@@ -128,8 +128,8 @@ application; 3 daemon not reachable; 4 --timeout passed.`,
 	f.DurationVar(&c.timeout, "timeout", 0, "give up after this `DURATION` (as 30s) and abort the operation; 0: never")
 	root.AddCommand(
 		c.startCommand(), c.stopCommand(), c.statusCommand(), c.connsCommand(),
-		c.snapshotCommand(), c.snapshotsCommand(), c.restoreCommand(), c.abortCommand(),
-		c.waitCommand(), c.ioctlCommand(), c.agentCommand(),
+		c.snapshotCommand(), c.snapshotsCommand(), c.restoreCommand(), c.migrateCommand(), c.abortCommand(), c.releaseCommand(),
+		c.waitCommand(), c.ioctlCommand(), c.agentCommand(), c.schedulerCommand(),
 	)
 	root.SetHelpCommand(helpCommand(root))
 	// Otherwise they are taken for flags with a value while the command is

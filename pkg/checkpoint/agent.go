@@ -12,9 +12,11 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"connectrpc.com/connect"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/restorereq"
 	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
 	"github.com/nfconnfilter/nfconnfilter/internal/vip"
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
@@ -99,6 +101,7 @@ type agent struct {
 	dialFilter func(node string) (nfconnfilterv1connect.FilterClient, func(), error)
 	trust      func(path string) error // whether root may run what the file says
 	readApp    func(name string) (*config.App, error)
+	idle       *idleMeters
 	root       context.Context // ends when the agent is told to stop
 	wg         sync.WaitGroup  // operations under way
 
@@ -110,6 +113,8 @@ type agent struct {
 	// returning: their migration failed, and they are being restored here.
 	returning map[string]bool
 	prepared  map[string]prepared
+
+	loadSaid string // what is in the log of the load
 }
 
 var _ nfconnfilterv1connect.AgentHandler = (*agent)(nil)
@@ -138,6 +143,7 @@ func Run(ctx context.Context, o Options) error {
 	if a.peers, err = control.NewPeers(control.ClusterPeers(a.config)); err != nil {
 		return err
 	}
+	a.dialPeers()
 	for _, f := range cfg.AllFaults() {
 		a.log.Error("application disabled", "fault", f.Error())
 	}
@@ -160,6 +166,7 @@ func newAgent(root context.Context, o Options, cfg *config.Config, filter nfconn
 		store: store{filepath.Join(o.SharedDir, "snapshots")}, intents: intents{cfg.Node.StateDir},
 		ops: map[string]*operation{}, wanted: map[string]bool{}, procs: map[string]process{},
 		owed: owed{cfg.Node.StateDir}, returning: map[string]bool{}, prepared: map[string]prepared{},
+		idle: &idleMeters{all: map[string]*idleMeter{}, now: time.Now},
 	}
 }
 
@@ -210,11 +217,12 @@ func (a *agent) serve(ctx context.Context) error {
 		return control.Serve(ctx, l, control.AgentHandler(a), control.AllowGroup(node.ControlGroup))
 	})
 	if rl != nil {
-		s := &requestServer{allowed: a.mayRequest, accept: a.requested}
-		door(func() error { return s.serve(ctx, rl) })
+		s := &restorereq.Server{Allowed: a.mayRequest, Accept: a.requested}
+		door(func() error { return s.Serve(ctx, rl) })
 	}
 	wg.Go(func() { a.keepAdopted(ctx) })
 	wg.Go(func() { a.keepSettled(ctx) })
+	wg.Go(func() { a.keepIdle(ctx) })
 	a.log.Info("agent serves", "socket", node.AgentSocket, "node", node.Name)
 	for reload := a.o.Reload; ctx.Err() == nil; {
 		select {
@@ -338,12 +346,7 @@ func (a *agent) trusted(app *config.App) error {
 }
 
 // mayRequest tells who may ask for restores: this machine and the nodes.
-func (a *agent) mayRequest(peer netip.Addr) bool {
-	if peer.IsLoopback() {
-		return true
-	}
-	return slices.ContainsFunc(a.config().Cluster.Nodes, func(n config.ClusterNode) bool { return n.Address.Unmap() == peer })
-}
+func (a *agent) mayRequest(peer netip.Addr) bool { return restorereq.FromNodes(a.config(), peer) }
 
 // processOf gives the application's process; nil when none runs.
 func (a *agent) processOf(app *config.App) (process, error) {

@@ -39,6 +39,24 @@ const (
 	settleEvery = 2 * time.Second
 )
 
+// dialPeers makes the daemons of other nodes reachable.
+func (a *agent) dialPeers() {
+	a.dialAgent = func(node string) (nfconnfilterv1connect.AgentClient, func(), error) {
+		c, err := a.peers.DialAgent(node)
+		if err != nil {
+			return nil, nil, err
+		}
+		return c, c.Close, nil
+	}
+	a.dialFilter = func(node string) (nfconnfilterv1connect.FilterClient, func(), error) {
+		c, err := a.peers.DialFilter(node)
+		if err != nil {
+			return nil, nil, err
+		}
+		return c, c.Close, nil
+	}
+}
+
 // restoreFrom restores what another node holds.
 func (a *agent) restoreFrom(ctx context.Context, m *pb.AgentRestoreRequest) (reply *pb.AgentReply, err error) {
 	app, err := a.freshApp(m.App)

@@ -43,6 +43,15 @@ func (a *agent) Migrate(ctx context.Context, r *connect.Request[pb.AgentMigrateR
 
 // restoreTo restores on another node what is held here.
 func (a *agent) restoreTo(ctx context.Context, m *pb.AgentRestoreRequest) (*pb.AgentReply, error) {
+	if m.SnapshotId != "" {
+		st, err := a.status(ctx, m.App)
+		if err == nil && st.SnapshotId != m.SnapshotId {
+			err = refused(opRestore, m.App, st.State, fmt.Sprintf("the current snapshot is %s and not %s", st.SnapshotId, m.SnapshotId))
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
 	r, err := a.migrate(ctx, &pb.AgentMigrateRequest{App: m.App, ToNode: m.ToNode}, true)
 	if err != nil {
 		return nil, err
@@ -122,7 +131,7 @@ func (a *agent) migrateOnce(ctx context.Context, app *config.App, m *pb.AgentMig
 	}
 	target, done, err := a.dialAgent(m.ToNode)
 	if err != nil {
-		return nil, false, failed(opMigrate, app.Name, st.State, err)
+		return nil, false, failed(opMigrate, app.Name, st.State, noted(err, "; nothing was changed"))
 	}
 	defer done()
 	r := &migrateRun{a: a, op: op, app: app, to: m.ToNode, target: target, id: st.SnapshotId}

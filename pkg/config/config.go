@@ -29,7 +29,16 @@ var ErrUnknownApp = errors.New("unknown application")
 // cluster.toml is a single node with the defaults. The faults of applications
 // alone are no error: see Config.AppFaults.
 func Load(sharedDir, nodeFile string) (*Config, error) {
-	l := &loader{shared: sharedDir, nodeFile: nodeFile}
+	return (&loader{shared: sharedDir, nodeFile: nodeFile}).load()
+}
+
+// LoadScheduler is Load for a scheduler, whose machine need not be a node: its
+// file may have a name that is no [[node]] and needs no interface.
+func LoadScheduler(sharedDir, nodeFile string) (*Config, error) {
+	return (&loader{shared: sharedDir, nodeFile: nodeFile, apart: true}).load()
+}
+
+func (l *loader) load() (*Config, error) {
 	l.readNode()
 	l.readCluster()
 	l.crossNode()
@@ -91,6 +100,7 @@ func (c *Config) AllFaults() Faults {
 // loader holds what Load has read so far.
 type loader struct {
 	shared, nodeFile string
+	apart            bool   // the machine need not be a node
 	faults           Faults // of files that could not be read
 
 	node     Node
@@ -123,7 +133,7 @@ func (l *loader) readNode() {
 		return
 	}
 	l.node, l.nodeDoc, l.nodeRoot = readNode(l.nodeFile, text)
-	if l.nodeRoot != nil {
+	if l.nodeRoot != nil && !l.apart {
 		l.nodeRoot.require("interface", "name the network interface that carries the VIPs, such as \"eth0\"")
 	}
 }

@@ -16,10 +16,10 @@ func (l *loader) crossNode() {
 	switch {
 	case i >= 0:
 		l.agree(l.cluster.Nodes[i])
-	case len(l.cluster.Nodes) > 0 && len(l.clusterDoc.faults) == 0:
+	case len(l.cluster.Nodes) > 0 && len(l.clusterDoc.faults) == 0 && !l.apart:
 		t.fault("name", nil, "%q is the name of no [[node]] in %s; add one, or correct the name", n.Name, l.clusterDoc.file)
 	}
-	if len(l.cluster.Nodes) < 2 || n.AllowPlaintext || n.TLS != (TLS{}) {
+	if len(l.cluster.Nodes) < 2 && !l.apart || n.AllowPlaintext || n.TLS != (TLS{}) {
 		return
 	}
 	remote := slices.IndexFunc(l.cluster.Nodes, func(c ClusterNode) bool {

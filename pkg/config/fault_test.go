@@ -231,7 +231,7 @@ shared = "x"
 			`8:16: agent_socket: "run/c.sock" is not an absolute path; begin it with /`,
 			`8:16: agent_socket: is the same path as control_socket`,
 			`9:18: metrics_listen: "localhost:7403" is not ADDRESS:PORT, such as "127.0.0.1:7403"`,
-			`10:1: unknown key "shared"; known here: name, interface, address, filter_port, agent_port, allow_plaintext, state_dir, control_socket, agent_socket, control_group, metrics_listen, queue, limits, criu, tls`,
+			`10:1: unknown key "shared"; known here: name, interface, address, filter_port, agent_port, allow_plaintext, state_dir, control_socket, agent_socket, control_group, metrics_listen, load_file, queue, limits, criu, tls`,
 		}},
 		{"long socket", least + "agent_socket = '/" + strings.Repeat("x", 107) + "'",
 			[]string{`2:16: agent_socket: is 108 bytes long; the path of a Unix socket has at most 107`}},

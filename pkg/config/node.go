@@ -83,6 +83,7 @@ func readNode(file, text string) (n Node, d *doc, root *table) {
 	if err := checkListen(n.MetricsListen); err != nil {
 		t.fault("metrics_listen", nil, "%v", err)
 	}
+	t.absolute("load_file", &n.LoadFile, false)
 	readQueue(t.sub("queue"), &n.Queue)
 	readLimits(t.sub("limits"), &n.Limits)
 	c := t.sub("criu")

@@ -156,6 +156,7 @@ func (p *printer) node(n *Node) {
 	p.set("agent_socket", n.AgentSocket)
 	p.set("control_group", n.ControlGroup)
 	p.set("metrics_listen", n.MetricsListen)
+	p.set("load_file", n.LoadFile)
 	p.table("node", "queue")
 	p.set("first", n.Queue.First)
 	p.set("count", n.Queue.Count)

@@ -106,8 +106,8 @@ type Hold struct {
 }
 
 // Balance is [balance]: when applications move between nodes by themselves.
-// High and Low are thresholds of a node's load, Cooldown the least time
-// between two moves. All zero is off. Nothing reads it yet.
+// High and Low are thresholds of a node's load, 1 for one that is fully used,
+// Cooldown the least time between two moves of a node. High 0 is off.
 type Balance struct {
 	High, Low float64
 	Cooldown  Duration
@@ -130,10 +130,13 @@ type Node struct {
 	ControlGroup string
 	// MetricsListen is empty (off) or ADDRESS:PORT.
 	MetricsListen string
-	Queue         Queue
-	Limits        Limits
-	CRIU          CRIU
-	TLS           TLS
+	// LoadFile holds the node's load as a number, 1 for one that is fully used;
+	// empty: the kernel's load average for each CPU.
+	LoadFile string
+	Queue    Queue
+	Limits   Limits
+	CRIU     CRIU
+	TLS      TLS
 }
 
 // Queue is [queue]: NFQUEUE numbers, packet marks and capacity.

@@ -89,7 +89,7 @@ func matchAny(patterns []string, name string) bool {
 
 var (
 	edges = []string{"internal/nfq", "internal/inject", "internal/rules", "internal/offload", "internal/sockdiag", "internal/vip", "internal/journal", "internal/connhook"}
-	pure  = []string{"pkg/seqnum", "pkg/packet", "pkg/rewrite", "pkg/tcpemu", "pkg/appstate", "pkg/boundary", "pkg/filter"}
+	pure  = []string{"pkg/seqnum", "pkg/packet", "pkg/rewrite", "pkg/tcpemu", "pkg/appstate", "pkg/boundary", "pkg/filter", "pkg/scheduler"}
 )
 
 // forbidden are imports that a package must not have itself.
@@ -107,8 +107,10 @@ var forbidden = []struct {
 	{[]string{"pkg/rewrite", "pkg/tcpemu"}, []string{"pkg/...", "internal/..."}, []string{"pkg/seqnum", "pkg/packet"}, "translation and emulation are joined by the filter alone"},
 	{[]string{"pkg/appstate"}, []string{"pkg/...", "internal/..."}, []string{"pkg/seqnum", "pkg/packet"}, "states do not know how packets are answered"},
 	{[]string{"pkg/boundary"}, []string{"pkg/...", "internal/..."}, nil, "what a stream means follows from its octets alone"},
+	{[]string{"pkg/scheduler"}, []string{"pkg/...", "internal/..."}, []string{"pkg/appstate"}, "the scheduler decides on what nodes say; asking them is the driver's"},
+	{[]string{"internal/cluster", "internal/restorereq"}, append([]string{"pkg/filter", "pkg/checkpoint", "internal/node"}, edges...), nil, "the scheduler speaks with agents and touches nothing else of a node"},
 	{[]string{"pkg/filter", "pkg/filter/*"}, []string{"pkg/...", "internal/..."}, append([]string{"pkg/filter"}, pure...), "the engine decides; control and edges are the driver's"},
-	{[]string{"pkg/..."}, []string{"internal/..."}, []string{"internal/sockdiag", "internal/vip", "internal/connhook"}, "what others may import must not need the edges of the filter"},
+	{[]string{"pkg/..."}, []string{"internal/..."}, []string{"internal/sockdiag", "internal/vip", "internal/connhook", "internal/restorereq"}, "what others may import must not need the edges of the filter"},
 	{[]string{"pkg/control", "pkg/config"}, []string{"internal/..."}, nil, "clients and tools use these without any edge"},
 	{edges, append([]string{"pkg/filter", "pkg/tcpemu", "pkg/rewrite", "pkg/appstate", "pkg/checkpoint", "internal/node"}, edges...), nil,
 		"an edge touches the outside and decides nothing, and knows no other edge"},
@@ -191,6 +193,8 @@ func TestRulesBite(t *testing.T) {
 		"filter with hooks":             {"cmd/nfconnfilter": {"internal/node"}, "internal/node": {"internal/connhook"}},
 		"public to internal":            {"pkg/control": {"internal/nfq"}},
 		"test tools":                    {"cmd/ckptctl": {"internal/testnet"}},
+		"scheduler with a network":      {"pkg/scheduler": {"net"}},
+		"scheduler with an edge":        {"internal/cluster": {"internal/sockdiag"}},
 		"cgo":                           {"internal/nfq": {"C"}},
 		"agent with packets":            {"cmd/ckptctl": {"pkg/checkpoint"}, "pkg/checkpoint": {"pkg/filter"}},
 	} {

@@ -440,8 +440,6 @@ func (w *World) requestLine(f []string) error {
 		w.advance(20 * time.Millisecond)
 	case "GETCONNINFO":
 		w.request(&filter.GetConnInfo{App: app})
-	case "ALLSETS":
-		w.request(&filter.AllSets{})
 	case "ADOPT":
 		r := &filter.Adopt{App: app, Listen: []uint16{6379}, At: w.now}
 		if arg(1) == "stale" { // as it was two seconds ago
