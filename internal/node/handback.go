@@ -66,6 +66,10 @@ func (s service) undo(ctx context.Context, j *job) outcome {
 	if err != nil && !refused(err) {
 		return open
 	}
+	if i := control.Info(err); i != nil && i.State == appstate.BlockData.String() {
+		j.structures = nil // these were damaged, or are old: it is asked again
+		return open
+	}
 	if err != nil { // it has gone on without us
 		s.n.log.Warn("an application was not taken back", "app", j.app, "node", j.node, "error", words(err))
 	}

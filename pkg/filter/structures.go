@@ -167,10 +167,10 @@ func (e *Engine) roomFor(name string, a *app, conns, kept int) error {
 		return &Error{App: name, State: state, Text: fmt.Sprintf("refused: %d would be more than %s = %d of this node allows; raise it in the node's file", need, limit, most)}
 	}
 	switch n := len(e.conns) - hadConns + conns; {
-	case conns > e.cfg.ConnsPerApp:
-		return full("limits.connections_per_app", conns, e.cfg.ConnsPerApp)
 	case n > e.cfg.MaxConns:
 		return full("queue.max_connections", n, e.cfg.MaxConns)
+	case conns > e.cfg.ConnsPerApp:
+		return full("limits.connections_per_app", conns, e.cfg.ConnsPerApp)
 	case kept > e.cfg.KeepPerApp:
 		return full("limits.kept_bytes_per_app", kept, e.cfg.KeepPerApp)
 	case e.kept-hadKept+kept > e.cfg.KeepTotal:

@@ -132,3 +132,23 @@ func (w *World) Parcel() *filter.Structures { return w.parcel }
 
 // SetParcel puts another one in its place, as a way between two nodes does.
 func (w *World) SetParcel(st *filter.Structures) { w.parcel = st }
+
+// Attach makes e the engine of node name, which somebody else steps too.
+func (w *World) Attach(name string, e *filter.Engine) {
+	if w.others == nil {
+		w.others = map[string]*nodeOf{}
+	}
+	w.others[name] = &nodeOf{engine: e, flows: map[netip.AddrPort]bool{}}
+}
+
+// Look takes note of what others have done with the engine at hand, at time now.
+func (w *World) Look(now filter.Time) {
+	w.now = max(w.now, now-w.skew)
+	w.Engine.Step(w.now+w.skew, filter.Event{Request: &filter.Request{Body: &filter.Status{App: w.app}}}, &w.fx)
+	for _, r := range w.fx.Replies {
+		if l, ok := r.Body.(*filter.StatusList); ok {
+			w.away = len(l.Apps) > 0 && l.Apps[0].State.Captured()
+		}
+	}
+	w.effects()
+}
