@@ -267,15 +267,23 @@ func (a *agent) config() *config.Config {
 
 // reload takes a new configuration; an invalid one leaves the old in force.
 func (a *agent) reload() {
-	cfg, err := config.Load(a.o.SharedDir, a.o.NodeFile)
+	cfg, err := config.LoadSettled(a.o.SharedDir, a.o.NodeFile)
 	if err != nil {
 		a.log.Error("configuration is invalid, the old one stays in force", "err", err)
 		return
 	}
-	for _, f := range cfg.AllFaults() {
-		a.log.Error("application disabled", "fault", f.Error())
-	}
+	faults := cfg.AllFaults()
 	a.mu.Lock()
+	kept := cfg.KeepOld(a.cfg)
+	for _, f := range faults {
+		a.log.Error("an application's file has faults", "fault", f.Error())
+	}
+	for name := range cfg.AppFaults {
+		a.log.Error("application disabled", "app", name)
+	}
+	for _, name := range kept {
+		a.log.Warn("what was read of the application before stays in force", "app", name)
+	}
 	cfg.Generation = a.cfg.Generation + 1
 	for name := range cfg.Apps {
 		if a.cfg.Apps[name] == nil { // an earlier agent may have left something
@@ -392,7 +400,7 @@ func (o osAddresses) add(namespace, iface string, addr netip.Addr) error {
 		if err := vip.Add(iface, addr); err != nil {
 			return err
 		}
-		if iface == "lo" || !addr.Is4() {
+		if iface == "lo" {
 			return nil
 		}
 		if err := vip.Announce(iface, addr); err != nil {

@@ -143,8 +143,7 @@ func (r *restoreRun) lookAtOld() error {
 		r.id = st.SnapshotId
 	}
 	if r.a.wasPrepared(r.app.Name, r.old) {
-		_, _, err = r.a.store.load(r.app.Name, r.id)
-		return err
+		return r.a.store.await(r.op.ctx, r.app.Name, r.id)
 	}
 	r.op.enter("check")
 	_, _, err = r.a.fit(r.op.ctx, r.app, suitor{node: r.old, links: links, id: r.id})

@@ -144,3 +144,26 @@ func (a *agent) removeVIPs(app *config.App) error {
 	}
 	return all
 }
+
+// nobodyElse tells which other machine on the link has a VIP that is not here.
+func (a *agent) nobodyElse(app *config.App) error {
+	iface := a.config().Node.Interface
+	if iface == "" {
+		return nil // and the VIP is on no link, or there already
+	}
+	for _, v := range app.VIPs {
+		if _, here, err := a.addrs.has(hostNamespace, v); err != nil {
+			return err
+		} else if here {
+			continue
+		}
+		answers, err := a.addrs.probe(hostNamespace, iface, v)
+		if err != nil {
+			return err
+		}
+		if len(answers) > 0 {
+			return fmt.Errorf("the VIP %s is answered for on %s by %s already; find that machine, and stop the application or take the address away there", v, iface, answers[0])
+		}
+	}
+	return nil
+}

@@ -109,7 +109,7 @@ func (a *agent) fit(ctx context.Context, app *config.App, from suitor) (st *pb.A
 		return cannot(err)
 	}
 	if from.id != "" {
-		if _, _, err := a.store.load(app.Name, from.id); err != nil {
+		if err := a.store.await(ctx, app.Name, from.id); err != nil {
 			return cannot(err)
 		}
 		checks = append(checks, "snapshot "+from.id+" can be read and is whole")

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
 
@@ -214,7 +215,7 @@ func TestStoreOfLinks(t *testing.T) {
 	if m, err := s.readManifest("redis", id); err == nil {
 		t.Errorf("read %+v behind a link", m)
 	}
-	if err := s.prune("redis", ""); err == nil {
+	if err := s.prune("redis", "", "node-a", config.Snapshots{Keep: 1}, time.Now()); err == nil {
 		t.Error("prune behind a link")
 	}
 	if after := files(t, outside); strings.Join(after, " ") != strings.Join(before, " ") {

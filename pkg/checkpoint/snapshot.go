@@ -484,7 +484,7 @@ func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
 		return nil, failed(opSnapshot, r.app.Name, state, err)
 	}
 	r.a.keepOnNode(r.app)
-	if perr := r.a.store.prune(r.app.Name, id); perr != nil {
+	if perr := r.a.store.prune(r.app.Name, id, r.a.config().Node.Name, r.a.config().Cluster.Snapshots, time.Now()); perr != nil {
 		r.a.log.Warn("old snapshots stay", "app", r.app.Name, "err", perr)
 	}
 	for _, f := range r.forced {

@@ -112,6 +112,9 @@ func (a *agent) start(ctx context.Context, name string) (reply *pb.AgentReply, e
 func (a *agent) bringUp(u *undo, app *config.App, running process, register bool) error {
 	op := u.op
 	if register {
+		if err := a.nobodyElse(app); err != nil {
+			return err
+		}
 		op.enter("register")
 		if err := a.register(op.ctx, app); err != nil {
 			return err

@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -14,14 +15,19 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 	nfconnfilterv1 "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
 
 const (
 	// manifestVersion is the layout of a snapshot's directory.
 	manifestVersion = 1
-	// keepSnapshots is how many of an application's snapshots are kept.
-	keepSnapshots = 5
+	// tempAge is when a directory that a snapshot was written into counts as
+	// left behind, where that may be another node's.
+	tempAge = 24 * time.Hour
+	// appears is how long a snapshot that another node has just named may stay
+	// unseen on a network file system.
+	appears = 5 * time.Second
 
 	manifestFile    = "manifest.json"
 	connectionsFile = "connections.json"
@@ -55,6 +61,18 @@ func (s store) open() (*os.Root, error) {
 // newSnapshotID makes an ID that sorts by time; two nodes never make the same.
 func newSnapshotID(now time.Time) string {
 	return now.UTC().Format("20060102T150405Z") + "-" + randomHex(3)
+}
+
+const tempPrefix = ".new-"
+
+// tempName is where a node writes a snapshot.
+func tempName(node, rest string) string { return tempPrefix + node + "@" + rest }
+
+// stamp is the time in a snapshot's ID.
+func stamp(id string) time.Time {
+	text, _, _ := strings.Cut(id, "-")
+	t, _ := time.Parse("20060102T150405Z", text) // valid, see ids
+	return t
 }
 
 // validSnapshotID guards paths: an ID comes in with requests.
@@ -91,7 +109,7 @@ func (s store) begin(m Manifest, conns *nfconnfilterv1.ConnInfoReply) (*pendingS
 	if err := dir.RemoveAll(p.final); err != nil {
 		return nil, fmt.Errorf("snapshot store: %w", err)
 	}
-	p.temp = filepath.Join(m.App, ".new-"+m.ID+"-"+randomHex(4))
+	p.temp = filepath.Join(m.App, tempName(m.Node, m.ID+"-"+randomHex(4)))
 	if err := dir.Mkdir(p.temp, 0o700); err != nil {
 		return nil, fmt.Errorf("snapshot store: %w", err)
 	}
@@ -266,9 +284,30 @@ func (s store) load(app, id string) (*Manifest, *nfconnfilterv1.ConnInfoReply, e
 	return m, &conns, nil
 }
 
-// prune removes all but the newest snapshots of an application, and what an
-// interrupted snapshot left; the current one always stays.
-func (s store) prune(app, current string) error {
+// await is load of a snapshot that another node has stored: its name may become
+// visible late.
+func (s store) await(ctx context.Context, app, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, appears)
+	defer cancel()
+	var last error
+	err := poll(ctx, pollFirst, pollMost, func() (bool, error) {
+		_, _, last = s.load(app, id)
+		if errors.Is(last, os.ErrNotExist) {
+			return false, nil
+		}
+		return true, last
+	})
+	if last != nil {
+		return last
+	}
+	return err
+}
+
+// prune removes all but the newest keep snapshots of an application, those that
+// were older than maxAge at now (0: none), and what an interrupted snapshot
+// left, of this node at once, of others after a day. The current one always
+// stays.
+func (s store) prune(app, current, node string, rule config.Snapshots, now time.Time) error {
 	ids, err := s.ids(app)
 	if err != nil {
 		return err
@@ -278,17 +317,44 @@ func (s store) prune(app, current string) error {
 		return fmt.Errorf("snapshot store: %w", err)
 	}
 	defer dir.Close()
-	for len(ids) > keepSnapshots {
-		if ids[0] != current {
-			err = errors.Join(err, dir.RemoveAll(filepath.Join(app, ids[0])))
+	for i, id := range ids {
+		old := rule.MaxAge > 0 && now.Sub(stamp(id)) > rule.MaxAge.Std()
+		if id != current && (old || i < len(ids)-max(rule.Keep, 1)) {
+			err = errors.Join(err, dir.RemoveAll(filepath.Join(app, id)))
 		}
-		ids = ids[1:]
 	}
-	left, _ := filepath.Glob(filepath.Join(s.dir, app, ".new-*"))
+	left, _ := filepath.Glob(filepath.Join(s.dir, app, tempPrefix+"*"))
 	for _, path := range left {
-		err = errors.Join(err, dir.RemoveAll(filepath.Join(app, filepath.Base(path))))
+		name := filepath.Base(path)
+		fi, serr := dir.Lstat(filepath.Join(app, name))
+		if serr != nil {
+			if !errors.Is(serr, os.ErrNotExist) {
+				err = errors.Join(err, serr)
+			}
+			continue
+		}
+		if !strings.HasPrefix(name, tempName(node, "")) && now.Sub(fi.ModTime()) < tempAge {
+			continue // another node may be writing there
+		}
+		err = errors.Join(err, dir.RemoveAll(filepath.Join(app, name)))
 	}
 	return err
 }
 
-func (s store) writable(app string) error { return nil } // MERGE
+// writable tells what keeps a snapshot of the application from being stored:
+// a directory that cannot be written, or a full disk.
+func (s store) writable(app string) error {
+	dir, err := s.open()
+	if err == nil {
+		defer dir.Close()
+		err = dir.MkdirAll(app, 0o700)
+	}
+	if err == nil {
+		name := filepath.Join(app, ".probe-"+randomHex(4))
+		err = errors.Join(writeAtomic(dir, name, make([]byte, 4096), 0o600), dir.Remove(name))
+	}
+	if err != nil {
+		return fmt.Errorf("snapshot store %s: %w; make it writable for root on every node, and see that it has room", s.dir, err)
+	}
+	return nil
+}

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
 
@@ -80,18 +81,31 @@ func TestStorePrune(t *testing.T) {
 	for i := range 8 {
 		put(t, s, "redis", id(i))
 	}
-	if _, err := s.begin(Manifest{App: "redis", ID: id(9)}, someConns()); err != nil {
-		t.Fatal(err)
+	other := ""
+	for _, node := range []string{"node-a", "node-b"} {
+		p, err := s.begin(Manifest{App: "redis", ID: id(9), Node: node}, someConns())
+		if err != nil {
+			t.Fatal(err)
+		}
+		other = filepath.Base(p.temp)
 	}
-	if err := s.prune("redis", id(1)); err != nil {
-		t.Fatal(err)
+	left := func(want ...string) {
+		t.Helper()
+		entries, _ := os.ReadDir(filepath.Join(s.dir, "redis"))
+		var names []string
+		for _, e := range entries {
+			names = append(names, e.Name())
+		}
+		if fmt.Sprint(names) != fmt.Sprint(want) {
+			t.Errorf("left %v, want %v", names, want)
+		}
 	}
-	entries, _ := os.ReadDir(filepath.Join(s.dir, "redis"))
-	var names []string
-	for _, e := range entries {
-		names = append(names, e.Name())
-	}
-	if want := fmt.Sprint([]string{id(1), id(3), id(4), id(5), id(6), id(7)}); fmt.Sprint(names) != want {
-		t.Errorf("left %v, want %v", names, want)
-	}
+	now := time.Now()
+	try(t, s.prune("redis", id(1), "node-a", config.Snapshots{Keep: 5}, now))
+	left(other, id(1), id(3), id(4), id(5), id(6), id(7))
+	at := func(i int, after time.Duration) time.Time { return stamp(id(i)).Add(after) }
+	try(t, s.prune("redis", id(1), "node-a", config.Snapshots{Keep: 5, MaxAge: config.Duration(time.Hour)}, at(5, time.Hour)))
+	left(other, id(1), id(5), id(6), id(7))
+	try(t, s.prune("redis", id(1), "node-a", config.Snapshots{Keep: 1}, now.Add(tempAge+time.Minute)))
+	left(id(1), id(7))
 }

@@ -11,6 +11,8 @@ func defaultCluster() Cluster {
 	return Cluster{
 		Filter: Filter{ExcludePorts: []uint16{22}},
 		Hold:   Hold{OnDataDuringSnapshot: OnDataHold, Wake: WakeFirst},
+
+		Snapshots: Snapshots{Keep: DefaultKeep},
 	}
 }
 
@@ -37,6 +39,10 @@ func readCluster(file, text string) (c Cluster, d *doc, root *table, nodes []*ta
 	readFilter(root.sub("filter"), &c.Filter)
 	readHold(root.sub("hold"), &c.Hold)
 	readBalance(root.sub("balance"), &c.Balance)
+	s := root.sub("snapshots")
+	integer(s, "keep", &c.Snapshots.Keep, 1, 1000)
+	s.duration("max_age", &c.Snapshots.MaxAge)
+	s.done()
 	root.done()
 	return c, d, root, nodes
 }

@@ -39,7 +39,7 @@ func knownKeys(t *testing.T) (known []string) {
 	const q = "\nQQQQQQQQ = 1\n"
 	for _, d := range []func() *doc{
 		func() *doc {
-			_, d, _, _ := readCluster("", q+"[scheduler]"+q+"[[node]]"+q+"[filter]"+q+"[hold]"+q+"[balance]"+q)
+			_, d, _, _ := readCluster("", q+"[scheduler]"+q+"[[node]]"+q+"[filter]"+q+"[hold]"+q+"[balance]"+q+"[snapshots]"+q)
 			return d
 		},
 		func() *doc { _, d, _ := readNode("", q+"[queue]"+q+"[limits]"+q+"[criu]"+q+"[tls]"+q); return d },
@@ -48,7 +48,7 @@ func knownKeys(t *testing.T) (known []string) {
 			return d
 		},
 	} {
-		tables := []string{"scheduler", "node", "filter", "hold", "balance", "queue", "limits", "criu", "tls",
+		tables := []string{"scheduler", "node", "filter", "hold", "balance", "snapshots", "queue", "limits", "criu", "tls",
 			"process", "checkpoint", "hibernate", "heartbeat"}
 		n := 0
 		for _, f := range d().faults {

@@ -132,6 +132,9 @@ func (p *printer) cluster(c *Cluster) {
 	p.set("high", c.Balance.High)
 	p.set("low", c.Balance.Low)
 	p.set("cooldown", c.Balance.Cooldown)
+	p.table("cluster", "snapshots")
+	p.set("keep", c.Snapshots.Keep)
+	p.set("max_age", c.Snapshots.MaxAge)
 }
 
 func (p *printer) hold(h Hold, path ...string) {

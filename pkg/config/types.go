@@ -11,6 +11,8 @@ const (
 	DefaultSchedulerPort = 7400
 	// DefaultFilterPort is the TCP port of the connection filter daemon.
 	DefaultFilterPort = 7401
+	// DefaultKeep is how many snapshots of an application are kept.
+	DefaultKeep = 5
 	// DefaultAgentPort is the TCP port of the snapshot and restore daemon.
 	DefaultAgentPort = 7402
 )
@@ -69,6 +71,15 @@ type Cluster struct {
 	Filter    Filter
 	Hold      Hold
 	Balance   Balance
+	Snapshots Snapshots
+}
+
+// Snapshots is [snapshots]: which of an application's are kept.
+type Snapshots struct {
+	// Keep is how many, at least 1.
+	Keep int
+	// MaxAge removes older ones, the current one aside; 0: none for its age.
+	MaxAge Duration
 }
 
 // Scheduler is where restore requests go.
