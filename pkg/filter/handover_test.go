@@ -107,7 +107,8 @@ func TestTimesAreShifted(t *testing.T) {
 // What was replaced, and has ended on the other node, leaves nothing in the journal:
 // neither of a connection nor of its spool.
 func TestNothingIsLeft(t *testing.T) {
-	w := played(t, heldBySpool+`request HANDOVER b
+	w := played(t, heldBySpool+`remote c2 ACK data "more"
+		request HANDOVER b
 		node b 5s
 		request RESTORESTART s1 from a
 		restart
