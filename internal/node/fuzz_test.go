@@ -47,10 +47,16 @@ func FuzzRecords(f *testing.F) {
 		{appstate.SnapshotFreeze, appstate.Closing, "atSFtAu"},
 		{appstate.SnapshotDone, appstate.Rst, "ftrctRU"},
 		{appstate.Connected, appstate.Connect, "SFlDrcR"},
+		{appstate.BlockData, appstate.Connect, "ftrhHuEft"},
+		{appstate.SnapshotDone, appstate.ConnectRmt, "hftHrytYcR"},
 	} {
 		a, c := app, conn
 		a.State, c.State = x.app, x.conn
 		a.Sealed, a.Wake = i%2 == 0, i%3 == 0
+		if x.app == appstate.BlockData {
+			a.TakenBy, a.OldNode, a.Foreign, a.Yielding = "b", "b", true, true
+		}
+		a.Foreign = a.Foreign || i == 8
 		c.Sealed, c.FinIn, c.FinOut = a.Sealed, x.conn == appstate.Closing, i == 4
 		if x.app == appstate.Restored {
 			c.Translated, c.Tr, c.HsIRS = true, rewrite.Translation{Out: 7, In: 9, TSOut: 11, ScaleLocal: 3, ScaleSeen: 7}, 5
@@ -113,9 +119,18 @@ func live(e *filter.Engine, l legacy, life []byte) {
 		'R': &filter.Restored{App: name, ResetMissing: true}, 'a': &filter.RestoreAbort{App: name}, 'A': &filter.SnapshotAbort{App: name},
 		'u': &filter.Unregister{App: name}, 'U': &filter.Unregister{App: name, Force: true}, 's': &filter.Status{}, 'i': &filter.GetConnInfo{App: name},
 		'p': &filter.Adopt{App: name, At: 1 << 62},
+		'h': &filter.Handover{App: name, To: "b"}, 'y': &filter.Yield{App: name}, 'Y': &filter.Unyield{App: name}, 'E': &filter.Release{App: name, Force: true},
 	}
 	for i, op := range life {
 		now += 1e6
+		if op == 'H' {
+			e.Step(now, filter.Event{Request: &filter.Request{Body: requests['h']}}, &fx)
+			if st, ok := fx.Replies[0].Body.(*filter.Structures); ok {
+				step(filter.Event{Request: &filter.Request{Body: &filter.Handback{App: name, From: "b", Given: st}}})
+			}
+			fx.Reset()
+			continue
+		}
 		if b := requests[op]; b != nil {
 			step(filter.Event{Request: &filter.Request{Body: b}})
 			continue

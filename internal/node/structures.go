@@ -11,13 +11,8 @@ import (
 	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 )
 
-// envelope is how structures travel: the version can be read whatever the body is.
-type envelope struct {
-	Version uint32          `cbor:"1,keyasint"`
-	Body    cbor.RawMessage `cbor:"2,keyasint"`
-}
-
-// parcel is the body. What a journal has in keys stands beside the records.
+// parcel is how structures travel, behind their version, which can be read whatever
+// the parcel is (RFC 8742). What a journal has in keys stands beside the records.
 type parcel struct {
 	At    int64               `cbor:"1,keyasint,omitempty"`
 	App   filter.AppRecord    `cbor:"2,keyasint"`
@@ -56,20 +51,18 @@ func encodeStructures(st *filter.Structures) ([]byte, error) {
 	for i := range st.Conns {
 		c := &st.Conns[i]
 		p.IDs[i] = connKey(c.ID)
-		size += usualRecord + len(c.Kept)
+		size += usualRecord + usualRecord/2 + len(c.Kept)
 		for _, x := range c.Chunks {
 			p.Spool = append(p.Spool, piece{i, x.At, x.Data})
 			size += len(x.Data)
 		}
 	}
-	var body, out bytes.Buffer
-	body.Grow(size)
-	if err := encoding.MarshalToBuffer(&p, &body); err != nil {
-		return nil, fmt.Errorf("encode the structures: %w", err)
-	}
-	out.Grow(body.Len() + 32)
-	if err := encoding.MarshalToBuffer(&envelope{st.Version, body.Bytes()}, &out); err != nil {
-		return nil, fmt.Errorf("encode the structures: %w", err)
+	var out bytes.Buffer
+	out.Grow(size)
+	for _, v := range []any{st.Version, &p} {
+		if err := encoding.MarshalToBuffer(v, &out); err != nil {
+			return nil, fmt.Errorf("encode the structures: %w", err)
+		}
 	}
 	if out.Len() > control.MaxPeerMessage-4096 {
 		return nil, fmt.Errorf("the structures take %d octets, and between nodes a message has at most %d; restore the application on this node", out.Len(), control.MaxPeerMessage)
@@ -82,16 +75,16 @@ func decodeStructures(b []byte) (*filter.Structures, error) {
 	bad := func(err error) (*filter.Structures, error) {
 		return nil, fmt.Errorf("%w: they cannot be read: %v", filter.ErrStructures, err)
 	}
-	var e envelope
-	if err := decoding.Unmarshal(b, &e); err != nil {
+	st := &filter.Structures{}
+	b, err := decoding.UnmarshalFirst(b, &st.Version)
+	if err != nil {
 		return bad(err)
 	}
-	st := &filter.Structures{Version: e.Version}
-	if e.Version != filter.StructuresVersion {
+	if st.Version != filter.StructuresVersion {
 		return st, nil // the engine says what that means
 	}
 	var p parcel
-	if err := decoding.Unmarshal(e.Body, &p); err != nil {
+	if err := decoding.Unmarshal(b, &p); err != nil {
 		return bad(err)
 	}
 	if len(p.IDs) != len(p.Conns) {

@@ -35,11 +35,7 @@ func TestStructuresRound(t *testing.T) {
 
 // Those of another version are named, whatever is in them.
 func TestStructuresVersion(t *testing.T) {
-	b, err := encoding.Marshal(&envelope{Version: 99, Body: []byte{0x60}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	st, err := decodeStructures(b)
+	st, err := decodeStructures([]byte{0x18, 99, 0x60, 0xff})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,7 +61,7 @@ func heldStructures(n int) *filter.Structures {
 			RemoteLast: 502, RemoteSeen: true, TSVal: 0xa1234567, TSRec: 0xb1234567, TSAt: 1 << 50,
 			Handshake: true, AckSeen: true, Learned: true, Frozen: true, Confirmed: true, Sealed: true, ISS: 0x81230000, IRS: 0x91230000,
 			Created: 1 << 50, BytesIn: 0x4567, BytesOut: 0x4567, HsIRS: 0x91230000, Translated: i%2 == 0,
-			Tr: rewrite.Translation{Out: 0x12345678, In: 0x12345678, ScaleLocal: 9, ScaleSeen: 9},
+			Tr:     rewrite.Translation{Out: 0x12345678, In: 0x12345678, ScaleLocal: 9, ScaleSeen: 9},
 			KeptAt: 0x91234567, Kept: []byte("SET key:000000 value\r\n"), Stopped: true, SpokeAt: 1 << 50, SegmentsIn: 9, Reasons: []uint64{1 << 56, 20<<56 | 7},
 		})
 	}
@@ -107,7 +103,10 @@ func TestStructuresRefused(t *testing.T) {
 		"too much of all":    {func(st *filter.Structures) { spooled(&st.Conns[0], 120) }, "limits.kept_bytes = 140"},
 		"a head is only cut": {func(st *filter.Structures) { st.Conns[0].Kept = make([]byte, 1<<20) }, ""},
 		"nonsense for SYNs":  {func(st *filter.Structures) { st.Syns = [][]byte{nil, {0x45}, make([]byte, 60)} }, ""},
-		"times":              {func(st *filter.Structures) { st.At = -1 << 63; st.Conns[0].Expire, st.Conns[0].Created = 1<<63-1, 1<<63-1 }, ""},
+		"times": {func(st *filter.Structures) {
+			st.At = -1 << 63
+			st.Conns[0].Expire, st.Conns[0].Created = 1<<63-1, 1<<63-1
+		}, ""},
 	} {
 		perApp := 3
 		if name == "too many" {
@@ -157,8 +156,10 @@ func FuzzStructures(f *testing.F) {
 		st.Conns[0].State, st.Conns[0].FinOut, st.Conns[0].Lingers, st.Conns[0].Expire = appstate.Closing, true, true, 1<<50
 		st.Conns[1].State, st.Conns[1].FinIn, st.Conns[1].HeadFin = appstate.Closing, true, true
 	}, "tdcRt")
-	add(func(st *filter.Structures) { st.App.Spool, st.App.Heartbeats = 64, []filter.Heartbeat{{Send: []byte("x"), Interval: 1}} }, "dtttcR")
-	f.Add([]byte{0xa2, 1, 2, 2, 0x60}, []byte{})
+	add(func(st *filter.Structures) {
+		st.App.Spool, st.App.Heartbeats = 64, []filter.Heartbeat{{Send: []byte("x"), Interval: 1}}
+	}, "dtttcR")
+	f.Add([]byte{filter.StructuresVersion, 0x60}, []byte{})
 	f.Fuzz(func(t *testing.T, b, life []byte) {
 		if len(life) > 64 {
 			return

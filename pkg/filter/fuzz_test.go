@@ -30,6 +30,8 @@ func FuzzStep(f *testing.F) {
 	f.Add([]byte{0, 2, 2, 0, 0, 0, 1, 0x12, 2, 0, 0, 0, 2, 13, 0x4f, 2, 14, 0x83, 32, 0x11, 2, 1, 0, 2, 0, 2, 15, 2, 9, 2, 0, 249, 9, 2, 13, 0})
 	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 1, 0, 1, 0, 0x10, 0, 1, 1, 1, 2, 1, 1, 0x10, 0, 1, 1, 1, 2, 15, 2, 14, 9, 0xa0, 2, 15, 2, 3, 2, 132, 2, 15, 160, 0x18, 0, 1, 1, 1, 0, 0x11, 0, 1, 6, 1, 249, 0, 3, 255,
 		2, 5, 2, 6, 66, 0x12, 0, 1, 50, 1, 3, 30, 2, 7, 66, 0x10, 0, 1, 51, 3, 2, 15, 2, 1, 2, 15, 2, 14, 9, 0x20, 2, 15, 0, 4, 0, 1, 7, 1, 249, 0, 2, 9})
+	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 2, 1, 3, 2, 4, 50, 2, 3, 2, 4, 0, 0x18, 0, 1, 0, 0, 2, 0, 0, 0x18, 0, 1, 0, 0, 2, 0x50, 0, 0x18, 0, 1, 0, 0, 2, 6, 2, 0x30, 249, 0, 2, 0x40, 2, 5, 2, 6, 3, 30, 2, 7})
+	f.Add([]byte{0, 2, 0, 0, 0, 0, 1, 0x12, 0, 0, 0, 0, 2, 1, 3, 2, 4, 50, 2, 3, 2, 4, 2, 0, 249, 0, 2, 0, 2, 0x10, 2, 0, 2, 0x20, 2, 0x50, 2, 0x20, 2, 8})
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) > 4096 {
 			return
@@ -48,6 +50,7 @@ func play(t *testing.T, in []byte) uint64 {
 	var fx filter.Effects
 	var store filtertest.Store
 	now, sum, id := filter.Time(1), uint64(0), uint64(0)
+	var parcel *filter.Structures // handed over last
 	step := func(ev filter.Event) {
 		e.Step(now, ev, &fx)
 		if ev.Packet != nil {
@@ -66,6 +69,11 @@ func play(t *testing.T, in []byte) uint64 {
 			}
 		}
 		sum = sum*31 + uint64(len(fx.Sets)+len(fx.Replies)<<8+len(fx.Restores)<<16)
+		for _, r := range fx.Replies {
+			if st, ok := r.Body.(*filter.Structures); ok {
+				parcel = st
+			}
+		}
 		store.Apply(fx.Records)
 		fx.Reset()
 	}
@@ -129,6 +137,8 @@ func play(t *testing.T, in []byte) uint64 {
 			case 15:
 				now = max(now, e.NextDeadline())
 				step(filter.Event{})
+			case 0:
+				between(op, parcel, req)
 			default:
 				request(op, conn, req)
 			}
@@ -189,6 +199,25 @@ func adopt(now filter.Time, op byte, conn func(byte) filter.ConnID, req func(any
 		b.Sockets = append(b.Sockets, k)
 	}
 	req(b)
+}
+
+// between are the requests that filters have for each other.
+func between(op byte, given *filter.Structures, req func(any)) {
+	node := []string{"b", "c"}[op>>7]
+	switch op >> 4 & 7 {
+	case 0, 7:
+		req(&filter.Handover{App: "a", To: node})
+	case 1:
+		req(&filter.Handback{App: "a", From: node, Given: given})
+	case 2:
+		req(&filter.Release{App: "a", Force: node == "c"})
+	case 3:
+		req(&filter.Yield{App: "a"})
+	case 4:
+		req(&filter.Unyield{App: "a"})
+	default:
+		req(&filter.RestoreStart{App: "a", OldNode: node, Given: given})
+	}
 }
 
 var boundaries = [...]string{"", "line", "resp", "now"}

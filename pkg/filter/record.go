@@ -231,8 +231,15 @@ func (a *app) record() *AppRecord {
 }
 
 func (c *conn) record() *ConnRecord {
+	r := new(ConnRecord)
+	c.recordIn(r)
+	return r
+}
+
+// recordIn fills in r.
+func (c *conn) recordIn(r *ConnRecord) {
 	ep := &c.ep
-	r := &ConnRecord{
+	*r = ConnRecord{
 		App: c.app.name, ID: c.id, Role: c.role, State: c.state,
 		Opt: ep.Opt, SndUna: ep.SndUna, Guess: ep.Guess, SndNxt: ep.SndNxt, RcvNxt: ep.RcvNxt,
 		Window: ep.Window, Edge: ep.Edge, RemoteWnd: ep.RemoteWnd, RemoteLast: ep.RemoteLast, RemoteSeen: ep.RemoteSeen,
@@ -253,7 +260,6 @@ func (c *conn) record() *ConnRecord {
 	case c.saidAll:
 		r.SendQueue = c.sendQueue
 	}
-	return r
 }
 
 // Load takes up what an earlier engine recorded, in a new one, before its

@@ -236,7 +236,6 @@ func (e *Engine) recordSpool(c *conn, fx *Effects) {
 		p := c.kept[at:min(at+piece, len(c.kept))]
 		fx.Records = append(fx.Records, Record{ID: c.id, Chunk: &Chunk{At: c.keptAt.Add(uint32(at)), Data: bytes.Clone(p)}})
 	}
-	c.chunks = len(c.kept) > 0
 }
 
 // endSpool forgets the spool, which local has taken.

@@ -29,6 +29,11 @@ type stream struct {
 	lines  bool // snapshots with boundary "line"
 	taken  int  // octets that local had at SNAPSHOTSTART
 	cut    int  // snapshots that were taken in between lines
+
+	nodes *rand.Rand // the application moves between nodes, nil: there is one
+	at    string     // where it is
+	moved int
+	back  int // restores on another node that were given up
 }
 
 func (s *stream) play(format string, a ...any) {
@@ -244,9 +249,12 @@ func (s *stream) hold() {
 				s.play("restart")
 			}
 		}
+		from := s.handOver()
 		s.iss += s.r.Uint32() >> 1
 		s.play("newlocal c1 %d %d lscale %d", s.iss, s.r.Uint32()>>1, s.r.IntN(8))
-		s.play("request RESTORESTART s%d", s.id)
+		if s.play("request RESTORESTART s%d", s.id); s.state() != appstate.RestoreStart {
+			s.t.Fatalf("not restoring\n%s", s.script.String())
+		}
 		s.remoteSays()
 		s.play("request RESTORECONN c1")
 		for range s.r.IntN(3) {
@@ -256,13 +264,95 @@ func (s *stream) hold() {
 		if s.r.IntN(4) > 0 {
 			break
 		}
-		s.play("request RESTOREABORT")
+		if from == "" || s.nodes.IntN(2) == 0 {
+			s.abort(from)
+			continue
+		}
+		s.handBack(from)
 	}
 	s.play("request RESTORED")
+	s.release()
 	if s.r.IntN(4) == 0 {
 		s.play("advance 30ms")
 		s.play("restart")
 	}
+}
+
+// handOver moves the application to the other node now and then, and returns the
+// node that it was on.
+func (s *stream) handOver() string {
+	if s.nodes == nil || s.nodes.IntN(3) == 0 || s.away() {
+		return ""
+	}
+	from := s.at
+	s.at = map[string]string{"a": "b", "b": "a"}[from]
+	for range 1 + s.nodes.IntN(2) { // an answer can be lost
+		s.play("request HANDOVER %s s%d", s.at, s.id)
+	}
+	if s.nodes.IntN(3) == 0 {
+		s.play("restart")
+		s.play("request HANDOVER %s", s.at)
+	}
+	s.remoteSays()
+	s.play("node %s %ds", s.at, s.nodes.IntN(9000)-4500)
+	s.play("request RESTORESTART s%d from %s", s.id, from)
+	if s.state() != appstate.RestoreStart {
+		s.t.Fatalf("not taken over\n%s", s.script.String())
+	}
+	if s.nodes.IntN(3) == 0 {
+		s.play("restart")
+	}
+	s.moved++
+	return from
+}
+
+// away tells whether what is here came from the other node and was not restored.
+func (s *stream) away() bool {
+	var fx filter.Effects
+	s.w.Engine.Step(s.w.Now(), filter.Event{Request: &filter.Request{Body: &filter.Status{App: "redis"}}}, &fx)
+	return fx.Replies[0].Body.(*filter.StatusList).Apps[0].Foreign
+}
+
+// abort gives a restore up, and stays here.
+func (s *stream) abort(from string) {
+	if !s.away() {
+		s.play("request RESTOREABORT")
+		return
+	}
+	s.play("request YIELD")
+	s.remoteSays()
+	s.play("request UNYIELD")
+}
+
+// handBack gives it up, and goes back.
+func (s *stream) handBack(from string) {
+	s.play("request YIELD")
+	if s.nodes.IntN(3) == 0 {
+		s.play("restart")
+		s.play("request YIELD")
+	}
+	s.remoteSays()
+	s.play("node %s", from)
+	s.play("request HANDBACK %s", s.at)
+	if s.state() != appstate.SnapshotDone {
+		s.t.Fatalf("not handed back\n%s", s.script.String())
+	}
+	s.play("node %s", s.at)
+	s.play("request RELEASE --force")
+	s.at = from
+	s.play("node %s", s.at)
+	s.back++
+}
+
+// release forgets what the other node still has, or leaves it to be replaced.
+func (s *stream) release() {
+	if s.nodes == nil || s.nodes.IntN(2) == 0 {
+		return
+	}
+	other := map[string]string{"a": "b", "b": "a"}[s.at]
+	s.play("node %s", other)
+	s.play("request RELEASE %s", s.at)
+	s.play("node %s", s.at)
 }
 
 func (s *stream) localSays() {
@@ -290,5 +380,19 @@ func TestStreams(t *testing.T) {
 	}
 	if cut < 30 {
 		t.Errorf("only %d snapshots were taken at the end of a line", cut)
+	}
+}
+
+// TestStreamsOfTwoNodes: the same where the application moves between two nodes, is
+// handed back, and filters of both end in between.
+func TestStreamsOfTwoNodes(t *testing.T) {
+	moved, back := 0, 0
+	for seed := range uint64(300) {
+		s := &stream{t: t, w: filtertest.New(), r: rand.New(rand.NewPCG(seed, 3)), nodes: rand.New(rand.NewPCG(seed, 4)), at: "a"}
+		s.run(5)
+		moved, back = moved+s.moved, back+s.back
+	}
+	if moved < 300 || back < 30 {
+		t.Errorf("only %d moves, %d of them back", moved, back)
 	}
 }

@@ -38,18 +38,20 @@ const (
 
 // structures are those of a as they are now; term is the handover they belong to.
 func (e *Engine) structures(now Time, a *app, term uint64) *Structures {
-	st := &Structures{Version: StructuresVersion, At: now, App: *a.record(), Conns: make([]ConnRecord, 0, len(a.conns))}
+	st := &Structures{Version: StructuresVersion, At: now, App: *a.record(), Conns: make([]ConnRecord, len(a.conns))}
 	r := &st.App
 	r.State, r.Term = appstate.SnapshotDone, term
 	r.OldNode, r.TakenBy, r.Foreign, r.Yielding, r.From = "", "", false, false, 0
+	n := 0
 	for _, c := range a.conns {
 		if c.fresh || c.state == appstate.SynSent || c.state == appstate.SynRcvd {
 			continue // nobody ends these handshakes; a SYN that is sent again is kept
 		}
-		r := c.record()
-		c.recordMoved(r)
-		st.Conns = append(st.Conns, *r)
+		c.recordIn(&st.Conns[n])
+		c.recordMoved(&st.Conns[n])
+		n++
 	}
+	st.Conns = st.Conns[:n]
 	for i := range a.syns {
 		st.Syns = append(st.Syns, slices.Clone(a.syns[i].data))
 	}

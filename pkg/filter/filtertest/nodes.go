@@ -152,3 +152,6 @@ func (w *World) Look(now filter.Time) {
 	}
 	w.effects()
 }
+
+// Spools is of how many connections the node at hand has recorded pieces of a spool.
+func (w *World) Spools() int { return w.store.Spools() }
