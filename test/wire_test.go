@@ -147,6 +147,23 @@ func (c *wireConn) judge(tcp *layers.TCP, at time.Time) string {
 	return ""
 }
 
+// saveCapture keeps what passes in a namespace until the test has failed, when
+// captures are asked for.
+func saveCapture(t *testing.T, ns *testnet.NS) {
+	t.Helper()
+	if *capturesFlag == "" {
+		return
+	}
+	all, err := ns.Capture("", "tcp") // lo too, where the filter speaks to the application
+	must(t, err)
+	t.Cleanup(func() {
+		all.Stop()
+		if t.Failed() {
+			must(t, all.WriteFile(filepath.Join(*capturesFlag, strings.ReplaceAll(t.Name(), "/", "-")+".pcap")))
+		}
+	})
+}
+
 // watch captures everything between the node and its clients; what it returns
 // ends the capture and fails the test for every segment that a client could
 // notice.
@@ -154,16 +171,7 @@ func watch(t *testing.T, net *testnet.Net, vip string) func() {
 	t.Helper()
 	capture, err := net.Node().Capture(testnet.Iface, "tcp")
 	must(t, err)
-	if *capturesFlag != "" {
-		all, err := net.Node().Capture("", "tcp") // lo too, where the filter speaks to the application
-		must(t, err)
-		t.Cleanup(func() {
-			all.Stop()
-			if t.Failed() {
-				must(t, all.WriteFile(filepath.Join(*capturesFlag, strings.ReplaceAll(t.Name(), "/", "-")+".pcap")))
-			}
-		})
-	}
+	saveCapture(t, net.Node())
 	return func() {
 		t.Helper()
 		packets := capture.Stop()

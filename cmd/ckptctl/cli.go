@@ -128,7 +128,7 @@ application; 3 daemon not reachable; 4 --timeout passed.`,
 	f.DurationVar(&c.timeout, "timeout", 0, "give up after this `DURATION` (as 30s) and abort the operation; 0: never")
 	root.AddCommand(
 		c.startCommand(), c.stopCommand(), c.statusCommand(), c.connsCommand(),
-		c.snapshotCommand(), c.snapshotsCommand(), c.restoreCommand(), c.abortCommand(),
+		c.snapshotCommand(), c.snapshotsCommand(), c.restoreCommand(), c.migrateCommand(), c.abortCommand(), c.releaseCommand(),
 		c.waitCommand(), c.ioctlCommand(), c.agentCommand(), c.schedulerCommand(),
 	)
 	root.SetHelpCommand(helpCommand(root))

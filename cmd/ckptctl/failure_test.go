@@ -49,8 +49,8 @@ func TestUsage(t *testing.T) {
 		{"which command", nil},
 		{"unknown command", []string{"explode"}},
 		{"unknown command", []string{"help", "explode"}},
-		{"unknown command", []string{"migrate", "redis"}},
-		{"unknown flag: --to", []string{"restore", "redis", "--to", "node-b"}},
+		{"unknown flag: --from", []string{"restore", "redis", "--from", "node-b"}},
+		{`required flag(s) "to" not set`, []string{"migrate", "redis"}},
 		{"takes one application", []string{"start"}},
 		{"takes one application", []string{"start", "a", "b"}},
 		{"takes one application or none", []string{"status", "a", "b"}},
@@ -64,7 +64,8 @@ func TestUsage(t *testing.T) {
 		{`required flag(s) "state"`, []string{"wait", "redis"}},
 		{"CONNECTED, SNAPSHOTSTART", []string{"wait", "redis", "--state", ""}},
 		{"REGISTER APP VIP", []string{"ioctl"}},
-		{"GETCONNINFO APP", []string{"ioctl", "HANDOVER", "redis"}},
+		{"usage: ckptctl ioctl HANDOVER APP NODE", []string{"ioctl", "HANDOVER", "redis"}},
+		{"GETCONNINFO APP", []string{"ioctl", "EXPLODE", "redis"}},
 		{"usage: ckptctl ioctl SEAL APP", []string{"ioctl", "SEAL"}},
 		{"usage: ckptctl ioctl SNAPSHOTDONE APP ID [--force]", []string{"ioctl", "SNAPSHOTDONE", "redis"}},
 		{"--force is not for SEAL", []string{"ioctl", "SEAL", "redis", "--force"}},
@@ -272,7 +273,7 @@ func TestPrintable(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	r := newRig(t)
-	for _, name := range []string{"", "start", "stop", "status", "conns", "snapshot", "snapshots", "restore", "abort", "wait", "ioctl", "agent", "scheduler"} {
+	for _, name := range []string{"", "start", "stop", "status", "conns", "snapshot", "snapshots", "restore", "migrate", "abort", "release", "wait", "ioctl", "agent", "scheduler"} {
 		args := []string{name, "--help"}
 		if name == "" {
 			args = args[1:]
@@ -282,7 +283,7 @@ func TestHelp(t *testing.T) {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
-	if got := r.do("--help"); strings.Contains(got.out, "migrate") || strings.Contains(got.out, "completion") {
+	if got := r.do("--help"); strings.Contains(got.out, "criu-action") || strings.Contains(got.out, "completion") {
 		t.Errorf("help names what is not there:\n%s", got.out)
 	}
 	if f, err := os.Open(filepath.Join(r.dir, "node.toml")); err != nil || isTerminal(f) || isTerminal(&bytes.Buffer{}) {

@@ -23,13 +23,13 @@ type ioctlFlags struct {
 
 	ports, outgoing, exclude string
 	learnTimeout, quiet      time.Duration
-	boundary, namespace      string
+	boundary, namespace, out string
 }
 
 // ioctlRequest is one request of the filter on the command line.
 type ioctlRequest struct {
 	word  string
-	args  []string // after APP, for usage
+	args  []string // after APP, for usage; the last in brackets: may be left out
 	flags []string
 	run   func(c *cli, ctx context.Context, f *control.FilterClient, app string, args []string, fl *ioctlFlags) error
 }
@@ -43,10 +43,13 @@ var ioctlRequests = []ioctlRequest{
 	{control.RequestSeal, nil, nil, ioctlSeal},
 	{control.RequestSnapshotDone, []string{"ID"}, []string{"force"}, ioctlSnapshotDone},
 	{control.RequestSnapshotAbort, nil, nil, ioctlSnapshotAbort},
-	{control.RequestRestoreStart, []string{"IP", "ID"}, nil, ioctlRestoreStart},
+	{control.RequestRestoreStart, []string{"IP", "ID", "[OLDNODE]"}, nil, ioctlRestoreStart},
 	{control.RequestRestoreConn, []string{"LOCAL", "REMOTE", "syn|activate"}, nil, ioctlRestoreConn},
 	{control.RequestRestored, nil, []string{"reset-missing"}, ioctlRestored},
 	{control.RequestRestoreAbort, nil, nil, ioctlRestoreAbort},
+	{control.RequestHandover, []string{"NODE"}, []string{"out"}, ioctlHandover},
+	{control.RequestHandback, []string{"NODE", "FILE"}, nil, ioctlHandback},
+	{control.RequestRelease, nil, []string{"force"}, ioctlRelease},
 	{control.RequestGetConnCount, nil, nil, ioctlGetConnCount},
 	{control.RequestGetConnInfo, nil, nil, ioctlGetConnInfo},
 }
@@ -60,6 +63,15 @@ func (q ioctlRequest) usage() string {
 		s += " [--" + f + "]"
 	}
 	return s
+}
+
+// least is how many arguments there are at least.
+func (q ioctlRequest) least() int {
+	n := len(q.args)
+	if n > 0 && strings.HasPrefix(q.args[n-1], "[") {
+		n--
+	}
+	return n
 }
 
 func ioctlUsage() string {
@@ -82,6 +94,10 @@ exits with 1; one that took effect already succeeds again.
 
 Requests:` + ioctlUsage() + `
 
+HANDOVER writes the connections to --out, for HANDBACK; without it they are asked for
+again by HANDOVER with the same node. Until HANDBACK or RELEASE this node drops
+everything of the application. These three are what filters ask each other.
+
 ADOPT and SNAPSHOTSTART find the application's sockets themselves and need root.`,
 		Example: `  ckptctl ioctl GETCONNCOUNT redis
   ckptctl ioctl REGISTER redis 192.0.2.100 --ports 6379
@@ -102,7 +118,8 @@ ADOPT and SNAPSHOTSTART find the application's sockets themselves and need root.
 		})
 	})
 	f := cmd.Flags()
-	f.BoolVar(&fl.force, "force", false, "UNREGISTER, SNAPSHOTDONE: although connections are translated, held or not accounted for")
+	f.BoolVar(&fl.force, "force", false, "UNREGISTER, SNAPSHOTDONE: although connections are translated, held or not accounted for; RELEASE: although the VIP is on this node or the other node may not have taken it back")
+	f.StringVar(&fl.out, "out", "", "HANDOVER: `FILE` for what is handed over")
 	f.StringVar(&fl.ports, "ports", "", "REGISTER: `PORTS` of accepted connections, as 80,443; none: all")
 	f.StringVar(&fl.outgoing, "outgoing-ports", "", "REGISTER: remote `PORTS` of opened connections; none: all")
 	f.StringVar(&fl.exclude, "exclude-ports", "", "REGISTER: `PORTS` that are left alone")
@@ -127,7 +144,7 @@ func parseIoctl(flags *pflag.FlagSet, args []string) (*ioctlRequest, error) {
 		return nil, usagef("unknown request %q; it is one of:%s", args[0], ioctlUsage())
 	}
 	q := &ioctlRequests[i]
-	if len(args) != 2+len(q.args) {
+	if n := len(args) - 2; n > len(q.args) || n < q.least() {
 		return nil, usagef("usage: ckptctl ioctl %s", q.usage())
 	}
 	var err error
@@ -229,7 +246,11 @@ func ioctlRestoreStart(c *cli, ctx context.Context, f *control.FilterClient, app
 	if args[1] == "" {
 		return usagef("the snapshot's ID is empty")
 	}
-	r, err := f.RestoreStart(ctx, connect.NewRequest(&nfconnfilterv1.RestoreStartRequest{App: app, Ip: ip.String(), SnapshotId: args[1]}))
+	req := &nfconnfilterv1.RestoreStartRequest{App: app, Ip: ip.String(), SnapshotId: args[1]}
+	if len(args) > 2 {
+		req.OldNode = args[2]
+	}
+	r, err := f.RestoreStart(ctx, connect.NewRequest(req))
 	return c.reply(app, r, err)
 }
 

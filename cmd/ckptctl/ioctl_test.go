@@ -36,6 +36,10 @@ func TestIoctl(t *testing.T) {
 			sent: `RestoreConn app:"redis" conns:{local:"192.0.2.100:6379" remote:"[2001:db8::2]:40000"} kind:"syn"`},
 		{args: "RESTORED redis --reset-missing", out: "redis: RESTORED\n", json: `{"app":"redis","state":"RESTORED"}`, sent: `Restored app:"redis" reset_missing:true`},
 		{args: "RESTOREABORT redis", out: "redis: SNAPSHOTDONE\n", json: `{"app":"redis","state":"SNAPSHOTDONE"}`, sent: `RestoreAbort app:"redis"`},
+		{args: "RESTORESTART redis 192.0.2.100 S-1 node-b", out: "redis: RESTORESTART\n", json: `{"app":"redis","state":"RESTORESTART"}`, sent: `RestoreStart app:"redis" ip:"192.0.2.100" snapshot_id:"S-1" old_node:"node-b"`},
+		{args: "HANDOVER redis node-b", out: "redis: BLOCKDATA S-1, 3 connections handed over to node node-b, 6 bytes\n",
+			json: `{"app":"redis","state":"BLOCKDATA","snapshot_id":"S-1","connections":3,"bytes":6}`, sent: `Handover app:"redis" to_node:"node-b"`},
+		{args: "RELEASE redis --force", out: "redis: unknown\n", json: `{"app":"redis","state":""}`, sent: `Release app:"redis" force:true`},
 		{args: "GETCONNCOUNT redis", out: "7\n", json: `{"app":"redis","state":"CONNECTED","count":7}`, sent: `GetConnCount app:"redis"`},
 	} {
 		args := append([]string{"ioctl"}, strings.Fields(tc.args)...)

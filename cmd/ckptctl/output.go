@@ -135,6 +135,8 @@ type appStatusJSON struct {
 	KeptBytes        uint32            `json:"kept_bytes"`
 	PendingSYNs      uint32            `json:"pending_syns"`
 	Reasons          map[string]uint64 `json:"reasons,omitempty"`
+	OldNode          string            `json:"old_node,omitempty"`
+	TakenBy          string            `json:"taken_by,omitempty"`
 }
 
 // vipJSON is written as an application's file has it: one address as text, two
@@ -167,7 +169,7 @@ func statusOf(r *nfconnfilterv1.StatusReply) statusJSON {
 		s.Apps = append(s.Apps, appStatusJSON{
 			Name: a.Name, VIP: a.Vips, State: a.State, SnapshotID: a.SnapshotId, RestoreRequested: a.RestoreRequested,
 			Connections: conns, BytesIn: a.BytesIn, BytesOut: a.BytesOut,
-			KeptBytes: a.KeptBytes, PendingSYNs: a.PendingSyns, Reasons: a.Reasons,
+			KeptBytes: a.KeptBytes, PendingSYNs: a.PendingSyns, Reasons: a.Reasons, OldNode: a.OldNode, TakenBy: a.TakenBy,
 		})
 	}
 	return s
@@ -180,7 +182,14 @@ func (s statusJSON) rows() [][]string {
 		for _, state := range slices.Sorted(maps.Keys(a.Connections)) {
 			conns = append(conns, fmt.Sprintf("%s=%d", state, a.Connections[state]))
 		}
-		rows = append(rows, []string{a.Name, dash(strings.Join(a.VIP, ",")), stateWord(a.State), dash(a.SnapshotID), yesNo(a.RestoreRequested),
+		state := stateWord(a.State)
+		switch {
+		case a.TakenBy != "":
+			state += " (taken by " + a.TakenBy + ")"
+		case a.OldNode != "":
+			state += " (from " + a.OldNode + ")"
+		}
+		rows = append(rows, []string{a.Name, dash(strings.Join(a.VIP, ",")), state, dash(a.SnapshotID), yesNo(a.RestoreRequested),
 			dash(strings.Join(conns, ",")), fmt.Sprint(a.BytesIn), fmt.Sprint(a.BytesOut), fmt.Sprint(a.KeptBytes), fmt.Sprint(a.PendingSYNs)})
 	}
 	return rows

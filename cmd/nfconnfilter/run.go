@@ -79,6 +79,11 @@ func run(f *files) error {
 		return err
 	}
 	go reloads(ctx, f, n, log)
+	peers := make(chan struct{})
+	go func() {
+		defer close(peers)
+		n.ServePeers(ctx)
+	}()
 	log.Info("filtering", "node", cfg.Node.Name, "queue", cfg.Node.Queue.First, "socket", cfg.Node.ControlSocket)
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 	err = n.Run(ctx)
@@ -88,6 +93,7 @@ func run(f *files) error {
 	}
 	cancel(nil)
 	<-served
+	<-peers
 	log.Info("stopped; rules and sets stay as they are")
 	return err
 }

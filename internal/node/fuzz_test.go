@@ -112,7 +112,7 @@ func live(e *filter.Engine, l legacy, life []byte) {
 		'D': &filter.SnapshotDone{App: name, ID: "s", Force: true}, 'r': &filter.RestoreStart{App: name}, 'c': &filter.RestoreConn{App: name, Kind: "syn", Conns: ids},
 		'R': &filter.Restored{App: name, ResetMissing: true}, 'a': &filter.RestoreAbort{App: name}, 'A': &filter.SnapshotAbort{App: name},
 		'u': &filter.Unregister{App: name}, 'U': &filter.Unregister{App: name, Force: true}, 's': &filter.Status{}, 'i': &filter.GetConnInfo{App: name},
-		'x': &filter.AllSets{}, 'p': &filter.Adopt{App: name, At: 1 << 62},
+		'p': &filter.Adopt{App: name, At: 1 << 62},
 	}
 	for i, op := range life {
 		now += 1e6

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -77,6 +78,8 @@ func FuzzService(f *testing.F) {
 			"SnapshotDone {\"app\":\"redis\",\"snapshotId\":\"s\",\"force\":true}\nRestoreStart {\"app\":\"redis\",\"ip\":\"10.0.0.100\",\"snapshotId\":\"s\"}\n" +
 			"RestoreConn {\"app\":\"redis\",\"kind\":\"syn\",\"conns\":[{\"local\":\"10.0.0.100:6379\",\"remote\":\"10.0.0.2:4000\"}]}\n" +
 			"RestoreAbort {\"app\":\"redis\"}\nRestoreStart {\"app\":\"redis\"}\nRestored {\"app\":\"redis\",\"resetMissing\":true}",
+		register + "SnapshotStart {\"app\":\"redis\"}\nSnapshotFreeze {\"app\":\"redis\"}\nSeal {\"app\":\"redis\"}\nSnapshotDone {\"app\":\"redis\",\"snapshotId\":\"s\",\"force\":true}\n" +
+			"Handover {\"app\":\"redis\",\"toNode\":\"b\"}\nHandback {\"app\":\"redis\",\"fromNode\":\"b\",\"structures\":\"ogEBAkA=\"}\nRestoreStart {\"app\":\"redis\",\"oldNode\":\"b\"}\nRestoreAbort {\"app\":\"redis\"}\nRelease {\"app\":\"redis\"}",
 		register + `Adopt {"app":"redis","listedAtNs":"-9223372036854775808",` + sockets + "}\nSnapshotStart {\"app\":\"redis\"}\nSnapshotAbort {\"app\":\"redis\"}\nWait {\"app\":\"redis\",\"state\":\"RESTORED\"}",
 		`SnapshotStart {"app":"redis","learnTimeoutMs":"9223372036854775807"}` + "\n" + `SnapshotFreeze {"quietMs":"-1"}` + "\nNothing {}\nSeal [\nWait {\"app\":\"\",\"state\":\"\"}",
 	} {
@@ -85,6 +88,7 @@ func FuzzService(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		n := &Node{states: map[string]string{}, changed: make(chan struct{})}
 		n.cfg.Store(&config.Config{Apps: map[string]*config.App{"redis": {Name: "redis"}}})
+		n.foreign.here = func(netip.Addr) (string, bool, error) { return "", false, nil }
 		l := &loop{t: t, n: n, e: filter.New(filter.Config{MaxConns: 100}), now: 1e9}
 		h := control.FilterHandler(service{n, l.do})
 		for i, line := range strings.Split(text, "\n") {
@@ -97,7 +101,7 @@ func FuzzService(f *testing.F) {
 
 // methods of the service.
 var methods = []string{"Register", "Unregister", "Adopt", "SnapshotStart", "SnapshotFreeze", "Seal", "SnapshotDone", "SnapshotAbort",
-	"RestoreStart", "RestoreConn", "Restored", "RestoreAbort", "GetConnCount", "GetConnInfo", "Status", "Wait"}
+	"RestoreStart", "RestoreConn", "Restored", "RestoreAbort", "Handover", "Handback", "Release", "GetConnCount", "GetConnInfo", "Status", "Wait"}
 
 func isMethod(name string) bool { return slices.Contains(methods, name) }
 

@@ -66,6 +66,8 @@ type Node struct {
 	changes  []rules.Change // not made yet
 	failedAt filter.Time    // when making them failed last
 	wg       sync.WaitGroup
+
+	foreign foreign
 }
 
 // call is a request on its way to the engine and back.
@@ -192,6 +194,8 @@ func (n *Node) Run(ctx context.Context) error {
 	defer cancel()
 	n.wg.Go(func() { n.watchRules(watch) })
 	n.wg.Go(func() { n.watchSets(watch) })
+	n.wg.Go(func() { service{n, n.do}.resumeYields(watch) })
+	defer n.foreign.close()
 	pkts := make([]nfq.Packet, 64)
 	var fp filter.Packet
 	for ctx.Err() == nil {

@@ -130,10 +130,19 @@ func newest(entries []journal.Entry) []journal.Entry {
 // payOwed writes, before a request is answered, what could not be written when
 // it was due: a repeated request has no records of its own.
 func (n *Node) payOwed() error {
-	if !n.owed || !slices.ContainsFunc(n.fx.Replies, func(r filter.Reply) bool { _, ok := r.Body.(*filter.Result); return ok }) {
+	if !n.owed || !slices.ContainsFunc(n.fx.Replies, func(r filter.Reply) bool { return changes(r.Body) }) {
 		return nil
 	}
 	return n.save()
+}
+
+// changes tells whether the answer body says that something was done.
+func changes(body any) bool {
+	switch body.(type) {
+	case *filter.Result, *filter.Structures:
+		return true
+	}
+	return false
 }
 
 // connKey is the key of a connection: its two addresses.

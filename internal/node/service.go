@@ -39,6 +39,8 @@ func (s service) failure(app string, err error) error {
 		return control.Error(code, app, se.State.String(), err.Error())
 	case errors.As(err, &fe):
 		return control.Error(connect.CodeFailedPrecondition, app, fe.State.String(), err.Error(), fe.Conns...)
+	case errors.Is(err, filter.ErrStructures):
+		return control.Error(connect.CodeFailedPrecondition, app, s.n.state(app), err.Error())
 	case errors.Is(err, filter.ErrInvalid):
 		return control.Error(connect.CodeInvalidArgument, app, s.n.state(app), err.Error())
 	case errors.Is(err, context.DeadlineExceeded):
@@ -300,6 +302,9 @@ func (s service) RestoreStart(ctx context.Context, r *connect.Request[pb.Restore
 		}
 		b.IP = ip.Unmap()
 	}
+	if m.OldNode != "" {
+		return s.restoreTaken(ctx, b)
+	}
 	return s.change(ctx, m.App, b)
 }
 
@@ -321,7 +326,7 @@ func (s service) Restored(ctx context.Context, r *connect.Request[pb.RestoredReq
 }
 
 func (s service) RestoreAbort(ctx context.Context, r *connect.Request[pb.AppRequest]) (*connect.Response[pb.AppReply], error) {
-	return s.change(ctx, r.Msg.App, &filter.RestoreAbort{App: r.Msg.App})
+	return s.restoreAbort(ctx, r.Msg.App)
 }
 
 // list reads the connection structures of an application that is configured or
@@ -418,6 +423,7 @@ func (s service) Status(ctx context.Context, r *connect.Request[pb.StatusRequest
 			PendingSyns: uint32(a.PendingSyns), Reasons: a.Reasons,
 			IncludePorts: widened(a.Include), OutgoingPorts: widened(a.Outgoing), ExcludePorts: widened(a.Exclude),
 			IncludeAddresses: prefixTexts(a.IncludeAddresses), ExcludeAddresses: prefixTexts(a.ExcludeAddresses),
+			OldNode: a.OldNode, TakenBy: a.TakenBy,
 		})
 	}
 	for name, a := range cfg.Apps { // configured, and unknown on this node

@@ -9,6 +9,13 @@
 //	                                                       ▲      RESTORED             │   ▲
 //	                                                       └───────────── RESTORESTART ◀┘   │ RESTOREABORT
 //	                                                                            └───────────┘
+//
+// Between nodes:
+//
+//	SNAPSHOTDONE ── HANDOVER ──▶ BLOCKDATA ── RELEASE ──▶ unknown
+//	          ▲──── HANDBACK ─────┘   │
+//	unknown ── RESTORESTART with an old node ──▶ RESTORESTART ── RESTOREABORT ──▶ BLOCKDATA, until
+//	                       (BLOCKDATA too)                       the old node has them back; unknown
 package appstate
 
 import "fmt"
@@ -16,7 +23,7 @@ import "fmt"
 // App is the state of an application on this node.
 type App uint8
 
-// Application states. BLOCKDATA comes with migration between nodes.
+// Application states.
 const (
 	Unknown App = iota
 	Connected
@@ -47,6 +54,10 @@ func (a App) Away() bool {
 	return a == SnapshotFreeze || a == SnapshotDone || a == RestoreStart
 }
 
+// Captured tells whether nothing of the application passes by the filter in
+// this state: it speaks for it, or, in BLOCKDATA, nobody here does.
+func (a App) Captured() bool { return a.Away() || a == BlockData }
+
 // Request is one request of the control API that looks at the state.
 type Request uint8
 
@@ -64,10 +75,17 @@ const (
 	ReqRestored
 	ReqRestoreAbort
 	ReqAdopt
+	ReqHandover
+	ReqHandback
+	ReqRelease
+	ReqRestoreTaken // RESTORESTART with an old node
+	ReqYield        // RESTOREABORT of what another node handed over: first step
+	ReqUnyield      // the other node does not take it back
 )
 
 var reqNames = [...]string{"REGISTER", "UNREGISTER", "SNAPSHOTSTART", "SNAPSHOTFREEZE", "SEAL", "SNAPSHOTDONE",
-	"SNAPSHOTABORT", "RESTORESTART", "RESTORECONN", "RESTORED", "RESTOREABORT", "ADOPT"}
+	"SNAPSHOTABORT", "RESTORESTART", "RESTORECONN", "RESTORED", "RESTOREABORT", "ADOPT",
+	"HANDOVER", "HANDBACK", "RELEASE", "RESTORESTART", "RESTOREABORT", "RESTOREABORT"}
 
 func (r Request) String() string { return reqNames[r] }
 
@@ -91,6 +109,12 @@ var table = [...]rule{
 	ReqRestored:       {from: []App{RestoreStart}, to: Restored},
 	ReqRestoreAbort:   {from: []App{RestoreStart}, to: SnapshotDone},
 	ReqAdopt:          {from: []App{Connected, Restored, SnapshotStart}, stay: true},
+	ReqHandover:       {from: []App{SnapshotDone}, to: BlockData},
+	ReqHandback:       {from: []App{BlockData}, to: SnapshotDone},
+	ReqRelease:        {from: []App{BlockData}, to: Unknown},
+	ReqRestoreTaken:   {from: []App{SnapshotDone, BlockData, Unknown}, to: RestoreStart},
+	ReqYield:          {from: []App{RestoreStart, SnapshotDone}, to: BlockData},
+	ReqUnyield:        {from: []App{BlockData}, to: RestoreStart},
 }
 
 // StateError is a request that the state does not allow.

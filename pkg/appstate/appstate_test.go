@@ -24,9 +24,19 @@ var requests = map[Request]struct {
 	ReqRestoreConn:    {[]App{RestoreStart}, Unknown, true},
 	ReqRestored:       {[]App{RestoreStart}, Restored, false},
 	ReqRestoreAbort:   {[]App{RestoreStart}, SnapshotDone, false},
+	ReqAdopt:          {[]App{Connected, Restored, SnapshotStart}, Unknown, true},
+	ReqHandover:       {[]App{SnapshotDone}, BlockData, false},
+	ReqHandback:       {[]App{BlockData}, SnapshotDone, false},
+	ReqRelease:        {[]App{BlockData}, Unknown, false},
+	ReqRestoreTaken:   {[]App{SnapshotDone, BlockData, Unknown}, RestoreStart, false},
+	ReqYield:          {[]App{RestoreStart, SnapshotDone}, BlockData, false},
+	ReqUnyield:        {[]App{BlockData}, RestoreStart, false},
 }
 
 func TestRequests(t *testing.T) {
+	if len(requests) != len(table) {
+		t.Errorf("%d requests, %d are tested", len(table), len(requests))
+	}
 	for r, row := range requests {
 		for a := Unknown; a <= BlockData; a++ {
 			done, err := Permit("x", r, a, false)
@@ -104,6 +114,9 @@ func TestAway(t *testing.T) {
 	for a := Unknown; a <= BlockData; a++ {
 		if want := a == SnapshotFreeze || a == SnapshotDone || a == RestoreStart; a.Away() != want {
 			t.Errorf("%v.Away() = %v", a, a.Away())
+		}
+		if want := a.Away() || a == BlockData; a.Captured() != want {
+			t.Errorf("%v.Captured() = %v", a, a.Captured())
 		}
 	}
 }

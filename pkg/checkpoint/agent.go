@@ -32,6 +32,7 @@ const (
 	opRestore  = "restore"
 	opAbort    = "abort"
 	opRecover  = "recover"
+	opMigrate  = "migrate"
 )
 
 // DefaultRestoreListen is where restore requests of the filter arrive on a
@@ -69,6 +70,12 @@ type addresses interface {
 	has(namespace string, addr netip.Addr) (iface string, ok bool, err error)
 	// local lists every address of the node and of the namespace.
 	local(namespace string) ([]netip.Addr, error)
+	// announce tells the link of the node's interface who has the address now.
+	announce(iface string, addr netip.Addr) error
+	// links gives the link-layer addresses of the node's interface.
+	links(iface string) []string
+	// probe asks the link who has the address: link-layer addresses.
+	probe(namespace, iface string, addr netip.Addr) ([]string, error)
 	// route tells by which interface the node reaches the address; "" when it
 	// is its own.
 	route(addr netip.Addr) (iface string, err error)
@@ -86,17 +93,26 @@ type agent struct {
 	peers       *control.Peers // the way to the other nodes
 	store       store
 	intents     intents
-	trust       func(path string) error // whether root may run what the file says
-	readApp     func(name string) (*config.App, error)
-	idle        *idleMeters
-	root        context.Context // ends when the agent is told to stop
-	wg          sync.WaitGroup  // operations under way
+	owed        owed
+	yielding    sync.Mutex // one at a time
+	// dialAgent and dialFilter give another node's daemon, and what ends the use
+	// of it.
+	dialAgent  func(node string) (nfconnfilterv1connect.AgentClient, func(), error)
+	dialFilter func(node string) (nfconnfilterv1connect.FilterClient, func(), error)
+	trust      func(path string) error // whether root may run what the file says
+	readApp    func(name string) (*config.App, error)
+	idle       *idleMeters
+	root       context.Context // ends when the agent is told to stop
+	wg         sync.WaitGroup  // operations under way
 
 	mu     sync.Mutex
 	cfg    *config.Config
 	ops    map[string]*operation
 	wanted map[string]bool // restore requests that came during another operation
 	procs  map[string]process
+	// returning: their migration failed, and they are being restored here.
+	returning map[string]bool
+	prepared  map[string]prepared
 
 	loadSaid string // what is in the log of the load
 }
@@ -127,6 +143,7 @@ func Run(ctx context.Context, o Options) error {
 	if a.peers, err = control.NewPeers(control.ClusterPeers(a.config)); err != nil {
 		return err
 	}
+	a.dialPeers()
 	for _, f := range cfg.AllFaults() {
 		a.log.Error("application disabled", "fault", f.Error())
 	}
@@ -148,6 +165,7 @@ func newAgent(root context.Context, o Options, cfg *config.Config, filter nfconn
 		o:       o, log: o.Logger, filter: filter, cfg: cfg, root: root,
 		store: store{filepath.Join(o.SharedDir, "snapshots")}, intents: intents{cfg.Node.StateDir},
 		ops: map[string]*operation{}, wanted: map[string]bool{}, procs: map[string]process{},
+		owed: owed{cfg.Node.StateDir}, returning: map[string]bool{}, prepared: map[string]prepared{},
 		idle: &idleMeters{all: map[string]*idleMeter{}, now: time.Now},
 	}
 }
@@ -203,6 +221,7 @@ func (a *agent) serve(ctx context.Context) error {
 		door(func() error { return s.Serve(ctx, rl) })
 	}
 	wg.Go(func() { a.keepAdopted(ctx) })
+	wg.Go(func() { a.keepSettled(ctx) })
 	wg.Go(func() { a.keepIdle(ctx) })
 	a.log.Info("agent serves", "socket", node.AgentSocket, "node", node.Name)
 	for reload := a.o.Reload; ctx.Err() == nil; {
@@ -395,6 +414,26 @@ func (o osAddresses) has(namespace string, addr netip.Addr) (iface string, ok bo
 	})
 	return iface, ok, err
 }
+
+func (o osAddresses) announce(iface string, addr netip.Addr) error {
+	return o.in(hostNamespace, func() error { return vip.Announce(iface, addr) })
+}
+
+func (o osAddresses) links(iface string) []string {
+	var out []string
+	_ = o.in(hostNamespace, func() error {
+		i, err := net.InterfaceByName(iface)
+		if err == nil && len(i.HardwareAddr) > 0 {
+			out = append(out, i.HardwareAddr.String())
+		}
+		return err
+	})
+	return out
+}
+
+func (o osAddresses) probe(namespace, iface string, addr netip.Addr) ([]string, error) {
+	return nil, nil
+} // MERGE
 
 func (o osAddresses) route(addr netip.Addr) (iface string, err error) {
 	err = o.in(hostNamespace, func() error {

@@ -61,6 +61,11 @@ type world struct {
 	inFlight  int
 	most      int // most connections in flight at once
 	stopAgent context.CancelFunc
+	answering []string // link-layer addresses that answer for the VIP
+
+	node             string
+	peer             *world // of the other node
+	oldNode, takenBy string
 }
 
 var (
@@ -168,7 +173,10 @@ func (w *world) SnapshotAbort(context.Context, *connect.Request[pb.AppRequest]) 
 	return w.step("SNAPSHOTABORT", []string{control.StateSnapshotStart, control.StateSnapshotFreeze}, control.StateRestored)
 }
 
-func (w *world) RestoreStart(context.Context, *connect.Request[pb.RestoreStartRequest]) (*reply, error) {
+func (w *world) RestoreStart(_ context.Context, r *connect.Request[pb.RestoreStartRequest]) (*reply, error) {
+	if r.Msg.OldNode != "" {
+		return w.takeOver(r.Msg.OldNode)
+	}
 	return w.step("RESTORESTART", []string{control.StateSnapshotDone}, control.StateRestoreStart)
 }
 
@@ -199,6 +207,12 @@ func (w *world) Restored(context.Context, *connect.Request[pb.RestoredRequest]) 
 }
 
 func (w *world) RestoreAbort(context.Context, *connect.Request[pb.AppRequest]) (*reply, error) {
+	w.mu.Lock()
+	foreign := w.oldNode != "" && w.state == control.StateRestoreStart
+	w.mu.Unlock()
+	if foreign {
+		return w.handBack()
+	}
 	return w.step("RESTOREABORT", []string{control.StateRestoreStart}, control.StateSnapshotDone)
 }
 
@@ -211,7 +225,7 @@ func (w *world) Status(context.Context, *connect.Request[pb.StatusRequest]) (*co
 	r := &pb.StatusReply{}
 	if w.state != "" {
 		under := map[string]uint32{control.ConnRestoring: uint32(w.inFlight)}
-		r.Apps = []*pb.AppStatus{{Name: "redis", State: w.state, SnapshotId: w.id, Connections: under}}
+		r.Apps = []*pb.AppStatus{{Name: "redis", State: w.state, SnapshotId: w.id, Connections: under, OldNode: w.oldNode, TakenBy: w.takenBy}}
 		w.finish()
 	}
 	r.Apps = append(r.Apps, w.others...)
@@ -304,6 +318,16 @@ func (w *world) has(ns string, _ netip.Addr) (string, bool, error) {
 		return "lo", w.vip[ns], nil
 	}
 	return "eth0", w.vip[ns], nil
+}
+
+func (w *world) announce(iface string, _ netip.Addr) error { return w.do("announce+" + iface) }
+
+func (w *world) links(string) []string { return []string{"02:00:00:00:00:0a"} }
+
+func (w *world) probe(_, _ string, _ netip.Addr) ([]string, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.answering, w.fail["probe"]
 }
 
 func (w *world) route(netip.Addr) (string, error) {

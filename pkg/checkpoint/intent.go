@@ -24,6 +24,12 @@ type intent struct {
 	// Fresh: the start found the application unknown, so that a failure makes
 	// it unknown again.
 	Fresh bool `json:"fresh,omitempty"`
+	// OldNode holds what is restored here.
+	OldNode string `json:"old_node,omitempty"`
+	// Ran: the application ran when its migration to ToNode began, and is
+	// restored here where that fails.
+	Ran    bool   `json:"ran,omitempty"`
+	ToNode string `json:"to_node,omitempty"`
 }
 
 // intents keeps them.

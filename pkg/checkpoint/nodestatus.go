@@ -28,6 +28,9 @@ func (a *agent) NodeStatus(ctx context.Context, _ *connect.Request[pb.AgentNodeS
 	}
 	cfg := a.config()
 	reply := &pb.AgentNodeStatusReply{Node: cfg.Node.Name, Load: a.load(cfg.Node.LoadFile)}
+	if i := cfg.Node.Interface; i != "" {
+		reply.LinkAddresses = a.addrs.links(i)
+	}
 	known := make(map[string]*pb.AppStatus, len(st.Msg.Apps))
 	names := slices.AppendSeq(slices.Collect(maps.Keys(cfg.Apps)), maps.Keys(cfg.AppFaults))
 	for _, s := range st.Msg.Apps {

@@ -37,10 +37,12 @@ type operation struct {
 	sealed bool   // no way back: abort is refused
 	fail   string // phase at which the process is to be killed
 
-	intended bool // there is a record of it
-	handedOn bool // to an operation that is begun anew: its record stays
-	quiet    bool // not worth a line in the log
-	left     bool // it could not be taken back: its record stays, and it is looked at again
+	intended bool   // there is a record of it
+	handedOn bool   // to an operation that is begun anew: its record stays
+	quiet    bool   // not worth a line in the log
+	left     bool   // it could not be taken back: its record stays, and it is looked at again
+	ran      bool   // of a migration: the application ran when it began
+	toNode   string // of a migration
 	result   error
 	phases   []phase
 	detail   string

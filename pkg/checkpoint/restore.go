@@ -16,6 +16,7 @@ import (
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1/nfconnfilterv1connect"
 )
 
 // restoreRun is one restore with the restart engine.
@@ -26,6 +27,10 @@ type restoreRun struct {
 	id    string
 	socks sockets
 	proc  process
+
+	// The node that holds the connections, and its agent; "" and nil: this one.
+	old      string
+	oldAgent nfconnfilterv1connect.AgentClient
 
 	opening bool      // RESTORED was sent
 	lone    time.Time // since when the application is only waited for to open connections again
@@ -51,6 +56,12 @@ func (a *agent) restore(ctx context.Context, name, id string) (reply *pb.AgentRe
 	if err != nil {
 		return nil, err
 	}
+	return a.restoreHeld(op, app, st, id)
+}
+
+// restoreHeld restores what this node holds.
+func (a *agent) restoreHeld(op *operation, app *config.App, st *pb.AppStatus, id string) (*pb.AgentReply, error) {
+	name := app.Name
 	if id != "" && st.SnapshotId != "" && id != st.SnapshotId {
 		return nil, refused(opRestore, name, st.State, fmt.Sprintf("the current snapshot is %s and not %s", st.SnapshotId, id))
 	}
@@ -58,6 +69,8 @@ func (a *agent) restore(ctx context.Context, name, id string) (reply *pb.AgentRe
 	case control.StateRestored:
 		return &pb.AgentReply{App: name, State: st.State}, nil
 	case control.StateSnapshotDone:
+	case control.StateBlockData:
+		return nil, refused(opRestore, name, st.State, fmt.Sprintf("node %s has taken it over; restore or migrate it there", st.TakenBy))
 	default:
 		return nil, refused(opRestore, name, st.State, "it is allowed in SNAPSHOTDONE")
 	}
@@ -87,7 +100,11 @@ func (a *agent) restore(ctx context.Context, name, id string) (reply *pb.AgentRe
 }
 
 func (r *restoreRun) run() error {
-	for _, step := range []func() error{r.place, r.announce, r.clear, r.launch} {
+	steps := []func() error{r.claim, r.place, r.announce, r.clear, r.launch}
+	if r.old != "" { // the filter answers before the addresses come
+		steps = []func() error{r.placeInside, r.announce, r.claim, r.clear, r.launch}
+	}
+	for _, step := range steps {
 		if err := step(); err != nil {
 			return err
 		}
@@ -127,6 +144,7 @@ func (r *restoreRun) rollBack(cause error) error {
 	if serr == nil && st.State == control.StateRestored {
 		// The answer was lost, or what followed it failed: clients speak with
 		// the new process already.
+		r.op.left = r.old != "" // the old node is not released
 		return failed(opRestore, r.app.Name, st.State, noted(cause, "; but its connections are open again and it runs"))
 	}
 	var err error
@@ -156,10 +174,13 @@ func (r *restoreRun) rollBack(cause error) error {
 }
 
 func (r *restoreRun) announce() error {
-	r.op.enter("announce")
-	_, err := r.a.filter.RestoreStart(r.op.ctx, connect.NewRequest(&pb.RestoreStartRequest{
-		App: r.app.Name, Ip: r.app.VIPs[0].String(), SnapshotId: r.id}))
-	return filterError(err, r.app.Name, control.RequestRestoreStart)
+	if r.old != "" {
+		r.op.enter("hand over")
+		r.op.note("from %s", r.old)
+	} else {
+		r.op.enter("announce")
+	}
+	return r.a.announceTake(r.op.ctx, r.app, r.id, r.old)
 }
 
 // place gives the application its VIPs where it runs in a network namespace;
@@ -171,6 +192,15 @@ func (r *restoreRun) place() error {
 	}
 	r.op.enter("address")
 	return r.a.addVIPs(&undo{op: r.op}, r.app)
+}
+
+// placeInside has the VIPs in the application's network namespace before the
+// filter looks where they are; on the link nobody sees them there.
+func (r *restoreRun) placeInside() error {
+	if r.app.Process.Namespace == "" {
+		return nil
+	}
+	return r.place()
 }
 
 // clear removes the old sockets: they would swallow the handshakes and keep
@@ -185,9 +215,18 @@ func (r *restoreRun) clear() error {
 	for _, c := range info.Conns {
 		held[socketName(c)] = true
 	}
-	f := r.a.config().Cluster.Filter
-	include, exclude := ports(r.app.IncludePorts, f.IncludePorts), ports(r.app.ExcludePorts, f.ExcludePorts)
-	old, err := r.socks.List(sockdiag.Query{Local: r.app.VIPs})
+	if err := r.a.destroyOld(r.socks, r.app, held); err != nil {
+		return err
+	}
+	return r.activate(info)
+}
+
+// destroyOld removes the sockets of an application that does not run: those of
+// its ports, and held ones by name.
+func (a *agent) destroyOld(socks sockets, app *config.App, held map[string]bool) error {
+	f := a.config().Cluster.Filter
+	include, exclude := ports(app.IncludePorts, f.IncludePorts), ports(app.ExcludePorts, f.ExcludePorts)
+	old, err := socks.List(sockdiag.Query{Local: app.VIPs})
 	if err != nil {
 		return err
 	}
@@ -197,11 +236,11 @@ func (r *restoreRun) clear() error {
 		if !ours && !held[pairName(k.Local.String(), k.Remote.String())] {
 			continue
 		}
-		if err := r.socks.Destroy(k); err != nil {
+		if err := socks.Destroy(k); err != nil {
 			return fmt.Errorf("old socket %s: %w", k, err)
 		}
 	}
-	return r.activate(info)
+	return nil
 }
 
 // activate marks connections that local had opened: the application opens them

@@ -86,6 +86,11 @@ func (a *agent) recoverApp(look context.Context, app *config.App) (done bool, fa
 		a.log.Error("an operation of an earlier agent is not known", "app", app.Name, "err", err)
 	}
 	did, again, err := a.resume(op, app, in)
+	if errors.Is(err, errLater) {
+		op.quiet, op.handedOn = true, true
+		a.finish(op, nil)
+		return false, nil
+	}
 	switch {
 	case err != nil:
 		a.log.Error("what an earlier agent left could not be brought to an end, it is tried again", "app", app.Name, "err", err)
@@ -122,9 +127,18 @@ func (a *agent) resume(op *operation, app *config.App, in *intent) (did string, 
 	if in == nil {
 		in = &intent{App: app.Name}
 	}
+	if in.OldNode != "" {
+		return a.resumeForeign(op, app, in, st, proc)
+	}
 	switch st.State {
 	case control.StateSnapshotStart, control.StateSnapshotFreeze:
-		return a.resumeSnapshot(op, app, in, st, proc)
+		did, again, err = a.resumeSnapshot(op, app, in, st, proc)
+		if err == nil && again == nil && in.Op == opMigrate && in.Ran {
+			again = a.comeBack(app.Name)
+		}
+		return did, again, err
+	case control.StateBlockData:
+		return a.resumeHanded(in)
 	case control.StateRestoreStart:
 		return a.resumeRestore(op, app, in, proc)
 	case control.StateSnapshotDone:
@@ -238,6 +252,10 @@ func (a *agent) resumeHeld(op *operation, app *config.App, in *intent, proc proc
 		did = "its addresses are on the node again"
 	}
 	switch in.Op {
+	case opMigrate:
+		if in.Ran {
+			return "its migration was given up, it is restored here", a.comeBack(app.Name), nil
+		}
 	case opRestore:
 		return "its restore is begun anew", func() error {
 			_, err := a.restore(a.root, app.Name, "")
@@ -329,7 +347,7 @@ func (a *agent) undoLeft(op *operation, app *config.App) (*pb.AgentReply, error)
 
 // intend records what the operation is about to do.
 func (a *agent) intend(op *operation, in intent) error {
-	in.App, in.Op = op.app, op.name
+	in.App, in.Op, in.Ran, in.ToNode = op.app, op.name, op.ran, op.toNode
 	if err := a.intents.save(in); err != nil {
 		return fmt.Errorf("%w; nothing was done", err)
 	}

@@ -36,7 +36,16 @@ func (a *agent) Snapshot(ctx context.Context, r *connect.Request[pb.AgentSnapsho
 
 // Restore serves the request of the same name.
 func (a *agent) Restore(ctx context.Context, r *connect.Request[pb.AgentRestoreRequest]) (*connect.Response[pb.AgentReply], error) {
-	return answer(a.restore(ctx, r.Msg.App, r.Msg.SnapshotId))
+	m, self := r.Msg, a.config().Node.Name
+	switch {
+	case m.ToNode != "" && m.OldNode != "":
+		return nil, control.Error(connect.CodeInvalidArgument, m.App, "", "restore of "+m.App+": old_node and to_node exclude each other")
+	case m.ToNode != "" && m.ToNode != self:
+		return answer(a.restoreTo(ctx, m))
+	case m.OldNode != "" && m.OldNode != self:
+		return answer(a.restoreFrom(ctx, m))
+	}
+	return answer(a.restore(ctx, m.App, m.SnapshotId))
 }
 
 // Abort serves the request of the same name.
@@ -93,6 +102,15 @@ func (a *agent) abort(ctx context.Context, name string) (reply *pb.AgentReply, e
 		return nil, err
 	}
 	if running {
+		// A migration that was given up brings the application back.
+		err := poll(ctx, pollFirst, pollMost, func() (bool, error) {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			return !a.returning[name], nil
+		})
+		if err != nil {
+			return nil, err
+		}
 		st, err := a.status(ctx, name)
 		if err != nil {
 			return nil, err

@@ -76,6 +76,11 @@ func (a *agent) snapshot(ctx context.Context, req *pb.AgentSnapshotRequest) (rep
 	default:
 		return nil, refused(opSnapshot, app.Name, st.State, "it is allowed in CONNECTED and RESTORED")
 	}
+	return a.takeSnapshot(op, app, req, st)
+}
+
+// takeSnapshot takes one of an application that runs.
+func (a *agent) takeSnapshot(op *operation, app *config.App, req *pb.AgentSnapshotRequest, st *pb.AppStatus) (*pb.AgentSnapshotReply, error) {
 	if err := a.intents.clear(app.Name); err != nil { // of an operation long past
 		return nil, failed(opSnapshot, app.Name, st.State, err)
 	}

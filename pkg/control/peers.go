@@ -49,8 +49,18 @@ func PeerFrom(ctx context.Context) (Peer, bool) {
 
 // Serve answers the named methods to the peers until ctx ends, and closes l.
 func (p *Peers) Serve(ctx context.Context, l net.Listener, h http.Handler, procedures ...string) error {
-	<-ctx.Done()
-	return l.Close()
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host, _, _ := net.SplitHostPort(r.RemoteAddr)
+		for _, o := range p.o.Peers() {
+			if o.Address.String() == host {
+				r = r.WithContext(context.WithValue(r.Context(), peerKey{}, o))
+			}
+		}
+		h.ServeHTTP(w, r)
+	})}
+	go func() { <-ctx.Done(); srv.Close() }()
+	srv.Serve(l)
+	return nil
 }
 
 // DialFilter returns a client of a node's filter.

@@ -25,6 +25,11 @@ const (
 	// application with a hundred thousand connections fit.
 	MaxRequest = 64 << 20
 
+	// MaxPeerMessage is the largest request and reply in bytes between the
+	// filters of two nodes: the connections of an application with all that is
+	// kept for them.
+	MaxPeerMessage = 640 << 20
+
 	// MaxConns is how many connections root, and how many all others
 	// together, may have open at once.
 	MaxConns = 256
@@ -47,6 +52,14 @@ var (
 func FilterHandler(svc nfconnfilterv1connect.FilterHandler) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(nfconnfilterv1connect.NewFilterHandler(svc, handlerOptions()...))
+	return mux
+}
+
+// PeerFilterHandler is FilterHandler for Peers.Serve: requests may be as large as
+// MaxPeerMessage.
+func PeerFilterHandler(svc nfconnfilterv1connect.FilterHandler) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle(nfconnfilterv1connect.NewFilterHandler(svc, append(handlerOptions(), connect.WithReadMaxBytes(MaxPeerMessage))...))
 	return mux
 }
 

@@ -131,6 +131,13 @@ type app struct {
 	probedAt    Time
 	tickAt      Time
 
+	oldNode    string       // that it was taken over from, until the next snapshot
+	foreign    bool         // it was taken over and never restored here
+	takenBy    string       // the node that has it, in BLOCKDATA
+	yielding   bool         // which may not have it yet
+	yieldedIn  appstate.App // where it was before
+	term, from uint64       // handovers that led to it: in all, up to here
+
 	reasons           [NumReasons]uint64
 	bytesIn, bytesOut uint64 // of connections that ended
 }
@@ -146,7 +153,7 @@ func (a *app) set(n appstate.App, fx *Effects, why string) {
 	switch n {
 	case appstate.SnapshotStart:
 		a.before = a.state
-	case appstate.SnapshotDone, appstate.RestoreStart: // of connections only what parked derives has changed
+	case appstate.SnapshotDone, appstate.RestoreStart, appstate.BlockData: // of connections only what parked derives has changed
 		a.mark()
 	default:
 		a.markAll()
@@ -237,6 +244,9 @@ func (e *Engine) due(now Time, fx *Effects) {
 }
 
 func (e *Engine) dueApp(now Time, a *app, fx *Effects) {
+	if a.state == appstate.BlockData {
+		return // nothing is said, and nothing ends
+	}
 	if a.tickAt != 0 && a.tickAt <= now {
 		a.tickAt = 0
 		e.tick(now, a, fx)

@@ -224,8 +224,6 @@ func request(n byte, conn func(byte) filter.ConnID, req func(any)) {
 		req(&filter.Register{App: "a", VIPs: fuzzVIPs, Include: []uint16{80}})
 	case 12:
 		req(&filter.GetConnInfo{App: "a"})
-	case 0:
-		req(&filter.AllSets{})
 	default:
 		req(&filter.Status{})
 	}

@@ -71,8 +71,10 @@ func (e *Engine) connInfo(now Time, b *GetConnInfo) (any, error) {
 // AppStatus is one application as STATUS shows it.
 type AppStatus struct {
 	Name, VIP, SnapshotID string
+	OldNode, TakenBy      string // it was taken over from; that has it, in BLOCKDATA
 	VIPs                  []string
 	State                 appstate.App
+	Foreign, Yielding     bool // never restored here; in BLOCKDATA: the taker may not have it yet
 	RestoreRequested      bool
 	Connections           map[string]uint32
 	BytesIn, BytesOut     uint64
@@ -96,7 +98,8 @@ func (e *Engine) status(name string) (any, error) {
 		if name != "" && name != a.name {
 			continue
 		}
-		s := AppStatus{Name: a.name, State: a.state, SnapshotID: a.snapID, RestoreRequested: a.wake,
+		s := AppStatus{Name: a.name, State: a.state, SnapshotID: a.snapID, RestoreRequested: a.wake && a.state != appstate.BlockData,
+			OldNode: a.oldNode, TakenBy: a.takenBy, Foreign: a.foreign, Yielding: a.yielding,
 			Connections: map[string]uint32{}, BytesIn: a.bytesIn, BytesOut: a.bytesOut,
 			PendingSyns: len(a.syns), Reasons: map[string]uint64{},
 			Include: slices.Clone(a.include), Outgoing: slices.Clone(a.outgoing), Exclude: slices.Clone(a.exclude),

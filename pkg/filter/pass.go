@@ -55,6 +55,10 @@ func (e *Engine) judge(now Time, p *Packet, fx *Effects) *app {
 		fx.accept(Excluded)
 		return a
 	}
+	if a.state == appstate.BlockData {
+		fx.drop(HandedOver)
+		return a
+	}
 	if inbound && p.Info&CsumNotReady == 0 && (p.Info&CsumNotVerified != 0 || a.state.Away()) && !s.ChecksumOK() {
 		fx.drop(BadChecksum)
 		return a
@@ -101,7 +105,7 @@ func (e *Engine) broken(p *Packet, r Reason, fx *Effects) *app {
 		fx.drop(Blocked)
 		return nil
 	}
-	if a == nil || !a.state.Away() && !e.brokenTranslated(p) {
+	if a == nil || !a.state.Captured() && !e.brokenTranslated(p) {
 		fx.accept(r)
 		return a
 	}
@@ -157,6 +161,10 @@ func (e *Engine) icmpError(p *Packet, fx *Effects) *app {
 	}
 	if !a.wants(ConnID{Local: m.Src, Remote: m.Dst}) {
 		fx.accept(Excluded)
+		return a
+	}
+	if a.state == appstate.BlockData {
+		fx.drop(HandedOver)
 		return a
 	}
 	drains := a.state == appstate.SnapshotFreeze && !a.sealed && m.TooBig() // else local's last octets would never get through

@@ -68,6 +68,7 @@ const (
 	HeldHeartbeatLate
 	HeldSpooled
 	PortTaken
+	HandedOver // another node has the structures
 	numReasons
 )
 
@@ -83,6 +84,7 @@ var reasonNames = [...]string{
 	"held-rst-ignored", "held-syn-kept", "held-syn-limited", "held-syn-refused", "held-unknown", "held-icmp",
 	"sealed-fin", "sealed-rst", "sealed-ack", "sealed-data", "sealed-unknown", "handshake-ack",
 	"handshake-refused", "not-open-yet", "syn-caught", "held-heartbeat", "held-heartbeat-late", "held-spooled", "port-taken",
+	"handed-over",
 }
 
 func (r Reason) String() string { return reasonNames[r] }

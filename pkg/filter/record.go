@@ -37,6 +37,13 @@ type AppRecord struct {
 	WakeFull         bool           `cbor:"19,keyasint,omitempty"`
 	Heartbeats       []Heartbeat    `cbor:"20,keyasint,omitempty"`
 	Boundary         string         `cbor:"21,keyasint,omitempty"`
+
+	OldNode  string `cbor:"22,keyasint,omitempty"` // that it was taken over from
+	TakenBy  string `cbor:"23,keyasint,omitempty"` // in BLOCKDATA
+	Foreign  bool   `cbor:"24,keyasint,omitempty"` // taken over and never restored here
+	Yielding bool   `cbor:"25,keyasint,omitempty"` // in BLOCKDATA: the taker may not have it yet
+	Term     uint64 `cbor:"26,keyasint,omitempty"` // how many handovers led to it
+	From     uint64 `cbor:"27,keyasint,omitempty"` // Term of the one that brought it here
 }
 
 // ConnRecord is what of a connection must outlive the filter while its
@@ -108,6 +115,25 @@ type ConnRecord struct {
 	SendQueue uint32 `cbor:"53,keyasint,omitempty"` // unacknowledged, of a local side that had closed
 	SaidAll   bool   `cbor:"54,keyasint,omitempty"` // it had when the snapshot began
 	Lingers   bool   `cbor:"55,keyasint,omitempty"` // the filter repeats local's FIN
+
+	// What follows is only for the filter of another node.
+
+	Kept     []byte       `cbor:"56,keyasint,omitempty"` // not acknowledged, from KeptAt on
+	HeadFin  bool         `cbor:"57,keyasint,omitempty"` // and the FIN behind it
+	KeptUrg  seqnum.Value `cbor:"58,keyasint,omitempty"`
+	Urgent   bool         `cbor:"59,keyasint,omitempty"`
+	Stopped  bool         `cbor:"60,keyasint,omitempty"` // the window is closed for that
+	Expire   Time         `cbor:"61,keyasint,omitempty"`
+	SpokeAt  Time         `cbor:"62,keyasint,omitempty"` // when TSVal was taken from local
+	Reloaded bool         `cbor:"63,keyasint,omitempty"`
+
+	SegmentsIn   uint64   `cbor:"64,keyasint,omitempty"` // statistics
+	Answered     uint32   `cbor:"65,keyasint,omitempty"`
+	SentToRemote uint32   `cbor:"66,keyasint,omitempty"`
+	SentToLocal  uint32   `cbor:"67,keyasint,omitempty"`
+	Heard        uint32   `cbor:"68,keyasint,omitempty"`
+	KeptSegments uint16   `cbor:"69,keyasint,omitempty"`
+	Reasons      []uint64 `cbor:"70,keyasint,omitempty"` // each a reason in the top octet, its count below
 }
 
 // Record is one thing to be kept: an application, a connection, or, where both
@@ -157,7 +183,7 @@ func (a *app) markAll() {
 
 // lasting tells whether c is of those that must outlive the filter: others can
 // be learned again.
-func (c *conn) lasting() bool { return c.translated || c.app.state.Away() && !c.fresh }
+func (c *conn) lasting() bool { return c.translated || c.app.state.Captured() && !c.fresh }
 
 // gather writes what was marked in this step.
 func (e *Engine) gather(fx *Effects) {
@@ -200,6 +226,7 @@ func (a *app) record() *AppRecord {
 		Listen: a.listen, Quiet: a.quiet, Sealed: a.sealed, PassCloses: a.passCloses, Wake: a.wake, AbortOnData: a.abortOnData, Boundary: a.boundary.String(),
 		Spool: a.spool, WakeFull: a.wakeFull, Heartbeats: a.heartbeats,
 		BytesIn: a.bytesIn, BytesOut: a.bytesOut,
+		OldNode: a.oldNode, TakenBy: a.takenBy, Foreign: a.foreign, Yielding: a.yielding, Term: a.term, From: a.from,
 	}
 }
 
@@ -239,7 +266,7 @@ func (e *Engine) Load(now Time, apps []AppRecord, conns []ConnRecord, flows func
 		return err
 	}
 	for i := range apps {
-		if rebooted && !apps[i].State.Away() {
+		if rebooted && !apps[i].State.Captured() {
 			fx.Records = append(fx.Records, Record{Name: apps[i].Name}) // its process is gone and nobody is held
 			continue
 		}
@@ -247,7 +274,7 @@ func (e *Engine) Load(now Time, apps []AppRecord, conns []ConnRecord, flows func
 	}
 	for i := range conns {
 		if a := e.apps[conns[i].App]; a != nil {
-			e.loadConn(now, a, &conns[i], flows, fx)
+			e.loadConn(now, a, &conns[i], flows, false, fx)
 		} else {
 			conns[i].forget(fx)
 		}
@@ -264,7 +291,8 @@ func (e *Engine) loadApp(r *AppRecord) {
 	a := &app{engine: e, name: r.Name, vips: r.VIPs, include: r.Include, exclude: r.Exclude, outgoing: r.Outgoing,
 		includeNets: r.IncludeAddresses, excludeNets: r.ExcludeAddrs, snapID: r.SnapshotID, listen: r.Listen,
 		quiet: cmp.Or(r.Quiet, 50e6), sealed: r.Sealed, passCloses: r.PassCloses, abortOnData: r.AbortOnData, wake: r.Wake, wakeWhy: HeldData,
-		bytesIn: r.BytesIn, bytesOut: r.BytesOut, spool: r.Spool, wakeFull: r.WakeFull, heartbeats: r.Heartbeats}
+		bytesIn: r.BytesIn, bytesOut: r.BytesOut, spool: r.Spool, wakeFull: r.WakeFull, heartbeats: r.Heartbeats,
+		oldNode: r.OldNode, takenBy: r.TakenBy, foreign: r.Foreign, yielding: r.Yielding, yieldedIn: appstate.SnapshotDone, term: r.Term, from: r.From}
 	e.enter(a)
 	a.state = r.State
 	a.before = r.State
@@ -273,8 +301,9 @@ func (e *Engine) loadApp(r *AppRecord) {
 	}
 }
 
-func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bool, fx *Effects) {
-	if r.Translated && !a.state.Away() && !flows(r.ID) {
+// loadConn takes up a connection; moved: from another node, in a step.
+func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bool, moved bool, fx *Effects) {
+	if r.Translated && !a.state.Captured() && !flows(r.ID) {
 		r.forget(fx)
 		return
 	}
@@ -289,7 +318,7 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	ep.TSVal, ep.TSRec, ep.TSAt = r.TSVal, r.TSRec, r.TSAt
 	c.handshake, c.ackSeen, c.frozen, c.confirmed = r.Handshake, r.AckSeen, r.Frozen, r.Confirmed
 	c.sealed, c.localGone = r.Sealed, r.LocalGone
-	c.learned = r.Learned && (a.state.Away() || r.Lingers)
+	c.learned = r.Learned && (a.state.Captured() || r.Lingers)
 	c.sendQueue, c.saidAll = r.SendQueue, r.SaidAll
 	c.iss, c.irs, c.refused, c.created = r.ISS, r.IRS, r.Refused, min(r.Created, now)
 	c.bytesIn, c.bytesOut, c.discarded = r.BytesIn, r.BytesOut, r.Discarded
@@ -302,6 +331,11 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	}
 	e.setPort(c, r.Tr.Port)
 	e.loadSpool(now, c, r)
+	if moved {
+		c.saved = false
+		e.loadMoved(now, c, r)
+		e.recordSpool(c, fx)
+	}
 	if c.scan != nil {
 		c.scan.seen = true // nobody knows what passed since
 		c.bound, c.bounded = r.Bound, r.Bounded
@@ -314,9 +348,12 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 		c.localGone = true // an answer to its last words may have left
 		c.goneAway()
 	}
-	if a.state == appstate.SnapshotDone || a.state == appstate.RestoreStart {
+	switch a.state {
+	case appstate.SnapshotDone, appstate.RestoreStart:
 		c.parked()
 		e.openHeld(c, fx)
+	case appstate.BlockData:
+		c.parked()
 	}
 }
 
@@ -351,7 +388,11 @@ func (r *ConnRecord) spool() []byte {
 	if r.KeptFin {
 		want--
 	}
-	if !r.Spooled || want < 0 || want > 1<<30 {
+	have := 0
+	for i := range r.Chunks {
+		have += len(r.Chunks[i].Data)
+	}
+	if !r.Spooled || want < 0 || want > have {
 		return nil
 	}
 	out := make([]byte, 0, want)
@@ -375,6 +416,9 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 		}
 	}
 	for _, c := range a.conns {
+		if a.state == appstate.BlockData {
+			break // another node speaks
+		}
 		if e.repeatClose(now, c, fx); c.lingersOn() {
 			e.linger(now, c, fx)
 		}

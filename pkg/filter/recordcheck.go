@@ -33,7 +33,7 @@ func contradiction(apps []AppRecord, conns []ConnRecord) error {
 			return fmt.Errorf("record of connection %v %v belongs to application %q, which has none", r.ID.Local, r.ID.Remote, r.App)
 		case byVIP[r.ID.Local.Addr()] != a:
 			return fmt.Errorf("record of connection %v %v belongs to application %q, which has another VIP", r.ID.Local, r.ID.Remote, r.App)
-		case !a.State.Away() && (r.State == appstate.ConnectRmt || r.State == appstate.Restoring || r.State == appstate.Rst):
+		case !a.State.Captured() && (r.State == appstate.ConnectRmt || r.State == appstate.Restoring || r.State == appstate.Rst):
 			return fmt.Errorf("record of connection %v %v is of one that is held, and its application runs", r.ID.Local, r.ID.Remote)
 		case r.Spooled && r.spool() == nil:
 			return fmt.Errorf("record of connection %v %v: octets that were acknowledged to its remote are missing", r.ID.Local, r.ID.Remote)
@@ -54,6 +54,8 @@ func (r *AppRecord) valid() bool {
 	switch r.State {
 	case appstate.Connected, appstate.SnapshotFreeze, appstate.SnapshotDone, appstate.RestoreStart, appstate.Restored:
 		return r.Name != "" && len(r.VIPs) > 0
+	case appstate.BlockData:
+		return r.Name != "" && len(r.VIPs) > 0 && r.TakenBy != ""
 	}
 	return false // SNAPSHOTSTART is recorded as what was before it
 }

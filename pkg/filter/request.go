@@ -3,7 +3,6 @@ package filter
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -71,14 +70,14 @@ type (
 		App, ID string
 		Force   bool
 	}
-	// AllSets has everything that belongs there added to the sets again.
-	AllSets struct{}
 	// SnapshotAbort lets the application go on.
 	SnapshotAbort struct{ App string }
-	// RestoreStart announces that the application comes back.
+	// RestoreStart announces that the application comes back. OldNode: the node
+	// that held it, which has handed over Given, where that is not this one.
 	RestoreStart struct {
 		App, ID, OldNode string
 		IP               netip.Addr
+		Given            *Structures
 	}
 	// RestoreConn starts the handshakes of Conns.
 	RestoreConn struct {
@@ -174,10 +173,6 @@ func (e *Engine) request(now Time, r *Request, fx *Effects) {
 	case *Status:
 		reply(e.status(b.App))
 		return
-	case *AllSets:
-		e.allSets(fx)
-		reply(nil, nil)
-		return
 	case *Register:
 		reply(e.register(b, fx))
 		return
@@ -188,16 +183,24 @@ func (e *Engine) request(now Time, r *Request, fx *Effects) {
 	if a != nil {
 		state = a.state
 	}
+	if r, ok := r.Body.(*Release); ok && state == appstate.Restored && a.oldNode != "" && r.From == "" {
+		reply(e.oldNodeReleased(a), nil)
+		return
+	}
 	done, err := appstate.Permit(name, kind, state, forced)
 	if err != nil {
 		reply(nil, err)
 		return
 	}
-	if kind == appstate.ReqSnapshotAbort || kind == appstate.ReqRestoreAbort {
+	if kind == appstate.ReqSnapshotAbort || kind == appstate.ReqRestoreAbort || kind == appstate.ReqYield {
 		e.cancelPending(a, fx)
 	}
 	if e.waiting(a) {
 		reply(nil, &Error{App: name, State: state, Text: fmt.Sprintf("%s refused: another request for application %q is being carried out", kind, name)})
+		return
+	}
+	if res, err, ok := e.between(now, r, a, fx); ok {
+		reply(res, err)
 		return
 	}
 	if done {
@@ -264,6 +267,9 @@ func target(body any) (string, appstate.Request, bool) {
 	case *SnapshotAbort:
 		return b.App, appstate.ReqSnapshotAbort, false
 	case *RestoreStart:
+		if b.OldNode != "" {
+			return b.App, appstate.ReqRestoreTaken, false
+		}
 		return b.App, appstate.ReqRestoreStart, false
 	case *RestoreConn:
 		return b.App, appstate.ReqRestoreConn, false
@@ -271,6 +277,16 @@ func target(body any) (string, appstate.Request, bool) {
 		return b.App, appstate.ReqRestored, b.ResetMissing
 	case *RestoreAbort:
 		return b.App, appstate.ReqRestoreAbort, false
+	case *Handover:
+		return b.App, appstate.ReqHandover, false
+	case *Handback:
+		return b.App, appstate.ReqHandback, false
+	case *Release:
+		return b.App, appstate.ReqRelease, b.Force
+	case *Yield:
+		return b.App, appstate.ReqYield, false
+	case *Unyield:
+		return b.App, appstate.ReqUnyield, false
 	}
 	panic(fmt.Sprintf("filter: unknown request %T", body))
 }
@@ -295,7 +311,7 @@ func (e *Engine) apply(now Time, r *Request, a *app, fx *Effects) (res any, err 
 	case *RestoreStart:
 		res, err = e.restoreStart(now, b, a, fx)
 	case *RestoreConn:
-		res, err = e.restoreConn(b, a, fx)
+		res, err = e.restoreConn(now, b, a, fx)
 	case *Restored:
 		return e.restored(now, r, b, a, fx)
 	case *RestoreAbort:
@@ -424,7 +440,7 @@ func (a *app) allSets(fx *Effects) {
 		}
 	}
 	switch {
-	case a.state.Away():
+	case a.state.Captured():
 		a.setVIP(fx, true, SetActive, SetAway)
 	case a.state == appstate.SnapshotStart:
 		a.setVIP(fx, true, SetActive, SetFull)
@@ -432,16 +448,6 @@ func (a *app) allSets(fx *Effects) {
 		a.setVIP(fx, true, SetActive)
 	}
 	a.setVIP(fx, true, SetVIP)
-}
-
-// allSets adds everything to the sets: others have emptied them.
-func (e *Engine) allSets(fx *Effects) {
-	for _, a := range e.order {
-		a.allSets(fx)
-	}
-	for _, v := range slices.SortedFunc(maps.Keys(e.blocked), netip.Addr.Compare) {
-		fx.Sets = append(fx.Sets, SetChange{Set: SetActive, Add: true, IP: v}, SetChange{Set: SetAway, Add: true, IP: v})
-	}
 }
 
 // setVIP adds the application's VIPs to sets or takes them out.
@@ -472,6 +478,12 @@ func (e *Engine) unregister(b *Unregister, a *app, fx *Effects) (any, error) {
 		}
 		e.remove(c, fx)
 	}
+	e.forget(a, fx, "unregistered")
+	return &Result{App: a.name}, nil
+}
+
+// forget ends an application that has no connections any more.
+func (e *Engine) forget(a *app, fx *Effects, why string) {
 	a.setVIP(fx, false, SetFull, SetActive, SetVIP, SetAway)
 	for _, p := range a.exclude {
 		for _, v := range a.vips {
@@ -484,6 +496,5 @@ func (e *Engine) unregister(b *Unregister, a *app, fx *Effects) (any, error) {
 	}
 	delete(e.apps, a.name)
 	e.order = slices.DeleteFunc(e.order, func(x *app) bool { return x == a })
-	a.set(appstate.Unknown, fx, "unregistered")
-	return &Result{App: a.name}, nil
+	a.set(appstate.Unknown, fx, why)
 }

@@ -16,6 +16,7 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 	if err != nil {
 		return nil, err, false
 	}
+	a.oldNode = ""
 	a.set(appstate.SnapshotStart, fx, "snapshot announced")
 	a.setVIP(fx, true, SetActive, SetFull)
 	a.sealed, a.wake, a.wakeAt = false, false, 0
@@ -331,8 +332,9 @@ func (e *Engine) handSyns(now Time, a *app, fx *Effects) {
 // belongs tells whether b asks for the snapshot that is there, also when b is
 // repeated.
 func (a *app) belongs(b *RestoreStart) error {
-	if b.OldNode != "" {
-		return fmt.Errorf("%w: RESTORESTART from another node is not built yet", ErrInvalid)
+	if b.OldNode != "" && b.OldNode != a.oldNode {
+		return &Error{App: a.name, State: a.state,
+			Text: fmt.Sprintf("RESTORESTART refused: the connections of application %q are held on this node, they are not those of node %s", a.name, b.OldNode)}
 	}
 	if b.IP != (netip.Addr{}) && !slices.Contains(a.vips, b.IP) {
 		return fmt.Errorf("%w: %v is not a VIP of application %q", ErrInvalid, b.IP, a.name)
@@ -348,27 +350,46 @@ func (e *Engine) restoreStart(now Time, b *RestoreStart, a *app, fx *Effects) (a
 	if err := a.belongs(b); err != nil {
 		return nil, err
 	}
+	return e.restoring(now, a, fx), nil
+}
+
+// restoring begins a restore. The remotes of an application that was taken over
+// are probed later, when its VIPs have followed.
+func (e *Engine) restoring(now Time, a *app, fx *Effects) *Result {
 	a.set(appstate.RestoreStart, fx, "restoring")
-	a.wakeAt = 0
-	a.probedAt = now
+	a.wakeAt, a.probedAt = 0, 0
 	for _, c := range a.conns {
 		c.hsDone, c.hsStarted, c.hsError, c.hsRsts = false, false, "", 0
 		c.activate = false
 		fx.Untrack = append(fx.Untrack, c.socketID())
-		if c.state == appstate.ConnectRmt || c.state == appstate.Connect && c.handshake {
+	}
+	if !a.foreign {
+		a.probe(now, fx)
+	}
+	a.expect()
+	return a.result()
+}
+
+// probe asks the silent remotes whether they live, once in a restore.
+func (a *app) probe(now Time, fx *Effects) {
+	if a.probedAt != 0 {
+		return
+	}
+	a.probedAt = now
+	for _, c := range a.conns {
+		if c.state == appstate.ConnectRmt || c.state == appstate.Connect && c.handshake && !c.hsStarted {
 			sp := c.ep.Probe() // also where it is not known whether the remote has an open connection
 			fx.send(&sp, false)
 		}
 	}
-	a.expect()
-	return a.result(), nil
 }
 
-func (e *Engine) restoreConn(b *RestoreConn, a *app, fx *Effects) (any, error) {
+func (e *Engine) restoreConn(now Time, b *RestoreConn, a *app, fx *Effects) (any, error) {
 	activate := b.Kind == "activate"
 	if b.Kind != "syn" && !activate {
 		return nil, fmt.Errorf("%w: kind %q of RESTORECONN; it is \"syn\" or \"activate\"", ErrInvalid, b.Kind)
 	}
+	a.probe(now, fx)
 	res := a.result()
 	for _, id := range b.Conns {
 		c := e.conns[id]
@@ -394,6 +415,7 @@ func (e *Engine) restoreConn(b *RestoreConn, a *app, fx *Effects) (any, error) {
 const probeTime = 20e6
 
 func (e *Engine) restored(now Time, r *Request, b *Restored, a *app, fx *Effects) (any, error, bool) {
+	a.probe(now, fx)
 	if at := a.probedAt + probeTime; now < at {
 		e.pending = append(e.pending, &pending{id: r.ID, app: a, body: b, deadline: at})
 		e.at(at)
@@ -438,6 +460,7 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 	}
 	a.setVIP(fx, false, SetAway)
 	a.sealed, a.wake, a.wakeAt, a.expected = false, false, 0, nil
+	a.foreign, a.from = false, 0
 	a.set(appstate.Restored, fx, fmt.Sprintf("%d connections re-established", len(a.conns)))
 	a.settle(fx)
 	e.handSyns(now, a, fx)
@@ -445,7 +468,8 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 	return res, nil
 }
 
-func (e *Engine) restoreAbort(now Time, a *app, fx *Effects) (any, error) {
+// undoRestore leaves of every connection the remote side alone.
+func (e *Engine) undoRestore(a *app, fx *Effects) {
 	a.expected = nil
 	for i := len(a.conns) - 1; i >= 0; i-- {
 		c := a.conns[i]
@@ -459,11 +483,16 @@ func (e *Engine) restoreAbort(now Time, a *app, fx *Effects) (any, error) {
 			c.set(appstate.ConnectRmt)
 		}
 	}
+}
+
+func (e *Engine) restoreAbort(now Time, a *app, fx *Effects) (any, error) {
+	if a.foreign {
+		return nil, e.refuse(a, "RESTOREABORT refused: application %q came from node %s and is to be handed back", a.name, a.oldNode)
+	}
+	e.undoRestore(a, fx)
 	a.set(appstate.SnapshotDone, fx, "restore aborted")
-	if a.wake { // ask again, later: what failed is not mended in a moment
-		a.wakeTries = max(a.wakeTries, 3)
-		a.wakeAt = now + min(Time(1e9)<<min(a.wakeTries, 5), 30e9)
-		e.at(a.wakeAt)
+	if a.wake {
+		e.askLater(now, a, true, fx)
 	}
 	return a.result(), nil
 }

@@ -226,6 +226,19 @@ func (e *Engine) spoolAgain(now Time, c *conn, fx *Effects) {
 	e.at(c.redoAt)
 }
 
+// recordSpool has the whole spool recorded, in pieces that a journal likes.
+func (e *Engine) recordSpool(c *conn, fx *Effects) {
+	const piece = 64 << 10
+	if !c.spooled {
+		return
+	}
+	for at := 0; at < len(c.kept); at += piece {
+		p := c.kept[at:min(at+piece, len(c.kept))]
+		fx.Records = append(fx.Records, Record{ID: c.id, Chunk: &Chunk{At: c.keptAt.Add(uint32(at)), Data: bytes.Clone(p)}})
+	}
+	c.chunks = len(c.kept) > 0
+}
+
 // endSpool forgets the spool, which local has taken.
 func (e *Engine) endSpool(c *conn, fx *Effects) {
 	if c.chunks {

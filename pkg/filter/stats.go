@@ -247,7 +247,7 @@ func (c *conn) statistics(now Time, reasons bool) ConnStats {
 // remoteIdle is the time since the remote was heard, by us or, when the
 // sockets were listed, by local.
 func (c *conn) remoteIdle(now Time) Time {
-	if a := c.app; !c.translated && !a.state.Away() && a.state != appstate.SnapshotStart {
+	if a := c.app; !c.translated && !a.state.Captured() && a.state != appstate.SnapshotStart {
 		return -1
 	}
 	last := c.lastIn

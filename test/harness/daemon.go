@@ -84,7 +84,7 @@ func (n *Node) start(name string, env []string, args ...string) (*Daemon, error)
 
 // startDaemon starts a daemon and waits until it says READY=1 (sd_notify(3)).
 func (n *Node) startDaemon(name, sub string, env ...string) (*Daemon, error) {
-	path := n.Path(name + ".notify")
+	path := n.Path(sub + ".notify")
 	_ = os.Remove(path)
 	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	if err != nil {

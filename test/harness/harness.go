@@ -26,8 +26,9 @@ type App struct {
 	Before []string
 	// Namespace gives it a network namespace of its own behind the node.
 	Namespace bool
-	// Process and Checkpoint are further lines for these two tables.
-	Process, Checkpoint string
+	// Head, Process and Checkpoint are further lines, before the tables and for
+	// these two.
+	Head, Process, Checkpoint string
 }
 
 // Options shape a Node.
@@ -50,6 +51,8 @@ type Node struct {
 	Filter *Daemon
 	Agent  *Daemon
 
+	name   string // as cluster.toml has it
+	root   string // holds shared/ and app/; Dir unless several nodes share them
 	o      Options
 	behind map[string]*testnet.NS
 	links  map[string]int // numbers of the links to these namespaces
@@ -57,7 +60,7 @@ type Node struct {
 
 // New makes the namespaces and writes the configuration; nothing is started.
 func New(o Options) (n *Node, err error) {
-	n = &Node{o: o, behind: map[string]*testnet.NS{}, links: map[string]int{}}
+	n = &Node{o: o, name: "node-a", behind: map[string]*testnet.NS{}, links: map[string]int{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close())
@@ -67,10 +70,9 @@ func New(o Options) (n *Node, err error) {
 	if n.Dir, err = os.MkdirTemp("", dirPrefix()); err != nil {
 		return n, err
 	}
-	for _, d := range []string{"shared/apps", "log", "state", "app"} {
-		if err := os.MkdirAll(filepath.Join(n.Dir, d), 0o755); err != nil {
-			return n, err
-		}
+	n.root = n.Dir
+	if err := makeDirs(n.Dir, "shared/apps", "log", "state", "app"); err != nil {
+		return n, err
 	}
 	if n.Net, err = testnet.Setup(testnet.Options{Name: o.Name, NoOffloads: o.NoOffloads}); err != nil {
 		return n, err
@@ -83,6 +85,15 @@ func New(o Options) (n *Node, err error) {
 		return n, err
 	}
 	return n, nil
+}
+
+func makeDirs(root string, dirs ...string) error {
+	for _, d := range dirs {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // dirPrefix names this process, so that Sweep knows whose directory it is.
@@ -102,17 +113,10 @@ func (n *Node) writeConfig() error {
 		}
 		cluster = fmt.Sprintf("[scheduler]\naddress = %q\nport = %s\n", host, port)
 	}
-	node := fmt.Sprintf(`name = "node-a"
-interface = %q
-address = %q
-state_dir = %q
-control_socket = %q
-agent_socket = %q
-`, testnet.Iface, n.Net.NodeAddr(), n.Path("state"), n.Path("control.sock"), n.Path("agent.sock"))
 	if err := os.WriteFile(n.Path("shared", "cluster.toml"), []byte(cluster), 0o644); err != nil {
 		return err
 	}
-	if err := os.WriteFile(n.Path("node.toml"), []byte(node), 0o644); err != nil {
+	if err := n.writeNode(""); err != nil {
 		return err
 	}
 	for _, a := range n.o.Apps {
@@ -123,8 +127,23 @@ agent_socket = %q
 	return nil
 }
 
+// writeNode writes the node's own file, with further lines.
+func (n *Node) writeNode(more string) error {
+	node := fmt.Sprintf(`name = %q
+interface = %q
+address = %q
+state_dir = %q
+control_socket = %q
+agent_socket = %q
+%s`, n.name, testnet.Iface, n.Net.NodeAddr(), n.Path("state"), n.Path("control.sock"), n.Path("agent.sock"), more)
+	return os.WriteFile(n.Path("node.toml"), []byte(node), 0o644)
+}
+
+// Name is the node's name in cluster.toml.
+func (n *Node) Name() string { return n.name }
+
 // WriteApp writes an application's file; "@" at the start of an argument of
-// its commands stands for the node's directory.
+// its commands stands for the node's directory, or that of all nodes.
 func (n *Node) WriteApp(a App) error {
 	if a.Namespace && n.behind[a.Name] == nil {
 		if err := n.AddBehind(a.Name, a.VIP); err != nil {
@@ -132,7 +151,7 @@ func (n *Node) WriteApp(a App) error {
 		}
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "name = %q\nvip = %s\ninclude_ports = %s\n", a.Name, n.list(strings.Split(a.VIP, ",")), strings.Join(strings.Fields(fmt.Sprint(a.Ports)), ", "))
+	fmt.Fprintf(&b, "name = %q\n%s\nvip = %s\ninclude_ports = %s\n", a.Name, a.Head, n.list(strings.Split(a.VIP, ",")), strings.Join(strings.Fields(fmt.Sprint(a.Ports)), ", "))
 	fmt.Fprintf(&b, "[process]\nstart = %s\n%s\n", n.list(a.Start), a.Process)
 	if a.Namespace {
 		fmt.Fprintf(&b, "namespace = %q\n", n.namespacePath(a.Name))
@@ -142,7 +161,7 @@ func (n *Node) WriteApp(a App) error {
 		fmt.Fprintf(&b, "before = %s\n", n.list(a.Before))
 	}
 	b.WriteString(a.Checkpoint + "\n")
-	return os.WriteFile(n.Path("shared", "apps", a.Name+".toml"), []byte(b.String()), 0o644)
+	return os.WriteFile(filepath.Join(n.root, "shared", "apps", a.Name+".toml"), []byte(b.String()), 0o644)
 }
 
 // list writes a command as a TOML array.
@@ -150,7 +169,7 @@ func (n *Node) list(args []string) string {
 	q := make([]string, len(args))
 	for i, a := range args {
 		if rest, ok := strings.CutPrefix(a, "@"); ok {
-			a = n.Path(rest)
+			a = filepath.Join(n.root, rest)
 		}
 		q[i] = fmt.Sprintf("%q", a)
 	}
@@ -197,7 +216,7 @@ func (n *Node) Program(name string) string { return filepath.Join(n.o.Bin, name)
 
 // Args are the arguments that tell a daemon its configuration.
 func (n *Node) Args() []string {
-	return []string{"--shared", n.Path("shared"), "--node", n.Path("node.toml")}
+	return []string{"--shared", filepath.Join(n.root, "shared"), "--node", n.Path("node.toml")}
 }
 
 // Down ends agent and filter in an orderly way; an application stays.

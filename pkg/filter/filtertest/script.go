@@ -41,6 +41,8 @@ import (
 //	advance DURATION
 //	restart [reboot | lost NAME]             a new filter takes up what was recorded; the set of
 //	                                         translated flows has lost that of NAME
+//	node NAME [SKEW]                         what follows is on that node, the first is a; its clock
+//	                                         is SKEW ahead of node a's
 //	request WORDS...                         as in ckptctl ioctl, GETCONNINFO too; besides
 //	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
 //	                                         ADOPT stale NAME, SNAPSHOTSTART line|resp
@@ -50,7 +52,11 @@ import (
 //	                                         SNAPSHOTFREEZE pass-closes, abort-on-data and a boundary,
 //	                                         spool=N, wake=full, heartbeat=MATCH>REPLY,
 //	                                         beat=SEND@INTERVAL, beat-closed=SEND@INTERVAL;
-//	                                         RESTORECONN NAME... [activate]
+//	                                         RESTORECONN NAME... [activate],
+//	                                         HANDOVER NODE [ID], HANDBACK NODE, RELEASE [NODE|--force],
+//	                                         YIELD and UNYIELD (of RESTOREABORT), STATUS,
+//	                                         RESTORESTART ID from NODE [alone]: with what was handed
+//	                                         over last, or without
 //
 // Flags are joined by +, e.g. ACK or FIN+ACK. Numbers are relative: seq to the
 // next octet of that end, ack to what it has received. A segment in order moves
@@ -141,6 +147,16 @@ func (w *World) line(line string) error {
 			return err
 		}
 		w.advance(d)
+		return nil
+	case "node":
+		skew := time.Duration(0)
+		if arg(2) != "" {
+			var err error
+			if skew, err = time.ParseDuration(arg(2)); err != nil {
+				return err
+			}
+		}
+		w.goTo(arg(1), skew)
 		return nil
 	case "restart":
 		if l := w.links[arg(2)]; arg(1) == "lost" && l != nil {
@@ -419,6 +435,9 @@ func (w *World) requestLine(f []string) error {
 		}
 		return ""
 	}
+	if w.between(f) {
+		return nil
+	}
 	app := w.app
 	switch f[0] {
 	case "SNAPSHOTSTART":
@@ -440,12 +459,10 @@ func (w *World) requestLine(f []string) error {
 		w.advance(20 * time.Millisecond)
 	case "GETCONNINFO":
 		w.request(&filter.GetConnInfo{App: app})
-	case "ALLSETS":
-		w.request(&filter.AllSets{})
 	case "ADOPT":
-		r := &filter.Adopt{App: app, Listen: []uint16{6379}, At: w.now}
+		r := &filter.Adopt{App: app, Listen: []uint16{6379}, At: w.now + w.skew}
 		if arg(1) == "stale" { // as it was two seconds ago
-			r.Sockets, r.At = w.sockets("without", arg(2)), w.now-2e9
+			r.Sockets, r.At = w.sockets("without", arg(2)), w.now+w.skew-2e9
 		} else {
 			r.Sockets = w.sockets(arg(1), arg(2))
 		}
@@ -464,8 +481,6 @@ func (w *World) requestLine(f []string) error {
 		w.request(&filter.SnapshotDone{App: app, ID: arg(1), Force: arg(2) == "--force"})
 	case "SNAPSHOTABORT":
 		w.request(&filter.SnapshotAbort{App: app})
-	case "RESTORESTART":
-		w.request(&filter.RestoreStart{App: app, ID: arg(1)})
 	case "RESTORECONN":
 		r := &filter.RestoreConn{App: app, Kind: "syn"}
 		if f[len(f)-1] == "activate" {
@@ -552,5 +567,5 @@ func (w *World) Segment(name string, fromRemote bool, flags uint8, dseq int64, d
 	return w.segment(w.links[name], fromRemote, flags, dseq, 0, data, nil)
 }
 
-// Now is the world's time, ns.
-func (w *World) Now() filter.Time { return w.now }
+// Now is the time of the node at hand, ns.
+func (w *World) Now() filter.Time { return w.now + w.skew }

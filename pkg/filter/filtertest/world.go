@@ -70,6 +70,11 @@ type World struct {
 	store  Store                   // what was recorded
 	flows  map[netip.AddrPort]bool // remotes in the set of translated flows
 	passed []byte                  // the last segment, as it went on; nil when it did not
+
+	node   string // of which engine and what belongs to it are those above
+	skew   filter.Time
+	others map[string]*nodeOf
+	parcel *filter.Structures // handed over last
 }
 
 // New makes an empty world.
@@ -79,7 +84,7 @@ func New() *World { return With(filter.New(filter.Config{Seed: 1})) }
 func With(e *filter.Engine) *World {
 	return &World{
 		Engine: e, before: filter.HookOutput,
-		links: map[string]*link{}, flows: map[netip.AddrPort]bool{}, byID: map[filter.ConnID]*link{}, byOwn: map[filter.ConnID]*link{}, now: 1e9,
+		links: map[string]*link{}, flows: map[netip.AddrPort]bool{}, byID: map[filter.ConnID]*link{}, byOwn: map[filter.ConnID]*link{}, now: 1e9, node: "a",
 	}
 }
 
@@ -96,14 +101,15 @@ func (w *World) advance(d time.Duration) {
 	until := w.now + int64(d)
 	for {
 		at := w.Engine.NextDeadline()
-		if at == 0 || at > until {
+		if at == 0 || at-w.skew > until {
 			break
 		}
-		w.now = max(at, w.now)
+		w.now = max(at-w.skew, w.now)
 		w.engineStep(filter.Event{}, false)
 	}
 	w.now = until
 	w.engineStep(filter.Event{}, false)
+	w.advanceOthers()
 }
 
 // deliver gives the engine a queued packet and prints its verdict.
@@ -125,7 +131,7 @@ func (w *World) deliverLocal(l *link, b []byte) {
 // engineStep runs one event, prints what comes of it, and lets the local stack
 // answer what was injected into it.
 func (w *World) engineStep(ev filter.Event, verdict bool) {
-	w.Engine.Step(w.now, ev, &w.fx)
+	w.Engine.Step(w.now+w.skew, ev, &w.fx)
 	if verdict {
 		w.verdict(ev.Packet.Data)
 	}
@@ -140,9 +146,12 @@ func (w *World) restart(rebooted bool) error {
 	known := func(id filter.ConnID) bool { return w.flows[id.Remote] }
 	if rebooted {
 		clear(w.flows)
-		w.now = 1e9 // the clock begins anew
+		w.skew = 1e9 - w.now // the clock begins anew
+		if len(w.others) == 0 {
+			w.now, w.skew = 1e9, 0
+		}
 	}
-	if err := w.Engine.Load(w.now, apps, conns, known, rebooted, &w.fx); err != nil {
+	if err := w.Engine.Load(w.now+w.skew, apps, conns, known, rebooted, &w.fx); err != nil {
 		return err
 	}
 	w.printf("    %d applications, %d connections\n", len(apps), len(conns))
@@ -169,7 +178,7 @@ func (w *World) effects() {
 	}
 	for _, n := range w.fx.Notes {
 		w.printf("    state %s %q\n", n.App, n.State.String())
-		w.away = n.State.Away()
+		w.away = n.State.Captured()
 	}
 	for _, r := range w.fx.Replies {
 		w.reply(r)
@@ -231,6 +240,13 @@ func (w *World) reply(r filter.Reply) {
 	}
 	if list, ok := r.Body.(*filter.ConnList); ok {
 		w.conns(list)
+	}
+	if st, ok := r.Body.(*filter.Structures); ok {
+		w.parcel = st
+		w.printf("    gives %d connections, %d SYNs\n", len(st.Conns), len(st.Syns))
+	}
+	if list, ok := r.Body.(*filter.StatusList); ok {
+		w.statuses(list)
 	}
 	if res, ok := r.Body.(*filter.Result); ok {
 		w.printf("    done %q", res.State.String())

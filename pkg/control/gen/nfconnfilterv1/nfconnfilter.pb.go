@@ -3671,10 +3671,12 @@ func (x *NodeApp) GetTakenBy() string {
 }
 
 type AgentNodeStatusReply struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
-	Load          float64                `protobuf:"fixed64,2,opt,name=load,proto3" json:"load,omitempty"` // of one CPU, on the average: 1.0 is fully used
-	Apps          []*NodeApp             `protobuf:"bytes,3,rep,name=apps,proto3" json:"apps,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Node  string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Load  float64                `protobuf:"fixed64,2,opt,name=load,proto3" json:"load,omitempty"` // of one CPU, on the average: 1.0 is fully used
+	Apps  []*NodeApp             `protobuf:"bytes,3,rep,name=apps,proto3" json:"apps,omitempty"`
+	// Link-layer addresses of the interface that carries the VIPs.
+	LinkAddresses []string `protobuf:"bytes,4,rep,name=link_addresses,json=linkAddresses,proto3" json:"link_addresses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3726,6 +3728,13 @@ func (x *AgentNodeStatusReply) GetLoad() float64 {
 func (x *AgentNodeStatusReply) GetApps() []*NodeApp {
 	if x != nil {
 		return x.Apps
+	}
+	return nil
+}
+
+func (x *AgentNodeStatusReply) GetLinkAddresses() []string {
+	if x != nil {
+		return x.LinkAddresses
 	}
 	return nil
 }
@@ -4232,11 +4241,12 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\vconnections\x18\t \x01(\rR\vconnections\x12\x19\n" +
 	"\bold_node\x18\n" +
 	" \x01(\tR\aoldNode\x12\x19\n" +
-	"\btaken_by\x18\v \x01(\tR\atakenBy\"l\n" +
+	"\btaken_by\x18\v \x01(\tR\atakenBy\"\x93\x01\n" +
 	"\x14AgentNodeStatusReply\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
 	"\x04load\x18\x02 \x01(\x01R\x04load\x12,\n" +
-	"\x04apps\x18\x03 \x03(\v2\x18.nfconnfilter.v1.NodeAppR\x04apps\"%\n" +
+	"\x04apps\x18\x03 \x03(\v2\x18.nfconnfilter.v1.NodeAppR\x04apps\x12%\n" +
+	"\x0elink_addresses\x18\x04 \x03(\tR\rlinkAddresses\"%\n" +
 	"\x11AgentAbortRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\"(\n" +
 	"\x14AgentProgressRequest\x12\x10\n" +

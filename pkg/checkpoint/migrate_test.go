@@ -1,0 +1,327 @@
+package checkpoint
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+)
+
+func TestMigrateThereAndBack(t *testing.T) {
+	p := newPair(t, 5)
+	for i := range 6 {
+		from := i % 2
+		r, err := p.migrate(t.Context(), from)
+		if err != nil {
+			t.Fatalf("migration %d: %v", i+1, err)
+		}
+		if r.State != control.StateRestored || r.From != p.w[from].node || r.To != p.w[1-from].node || r.SnapshotId == "" {
+			t.Errorf("migration %d: reply %v", i+1, r)
+		}
+		var names []string
+		for _, ph := range r.Phases {
+			names = append(names, ph.Name)
+		}
+		if got := strings.Join(names, " "); got != "check freeze drain stop hand over start re-establish open release" {
+			t.Errorf("phases: %s", got)
+		}
+		p.at(t, 1-from, control.StateRestored)
+	}
+}
+
+// The order in which a packet finds exactly one node that answers for the VIP.
+func TestMigrateOrder(t *testing.T) {
+	p := newPair(t, 2)
+	if _, err := p.migrate(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	inOrder(t, p.w[0].trace(), "SEAL", "stop-SIGKILL", "SNAPSHOTDONE", "vip-eth0", "RELEASE")
+	inOrder(t, p.w[1].trace(), "TAKE", "vip+eth0", "announce+eth0", "exec", "RESTORECONN-syn", "RESTORED")
+}
+
+func inOrder(t *testing.T, trace string, want ...string) {
+	t.Helper()
+	rest := strings.Fields(trace)
+	for _, w := range want {
+		i := slices.Index(rest, w)
+		if i < 0 {
+			t.Errorf("%s is missing, or not in the order %q: %s", w, want, trace)
+			return
+		}
+		rest = rest[i+1:]
+	}
+}
+
+// Whatever fails on the new node before RESTORED, the application runs on the
+// old one again, with everything that it had.
+func TestMigrateFails(t *testing.T) {
+	for _, step := range []string{"TAKE", "vip+eth0", "exec", "dies", "deaf", "RESTORECONN-syn", "RESTORED", "INFO"} {
+		t.Run(step, func(t *testing.T) {
+			p := newPair(t, 3)
+			p.w[1].fail[step] = connect.NewError(connect.CodeInternal, errTest)
+			_, err := p.migrate(t.Context(), 0)
+			if err == nil || !strings.Contains(err.Error(), "was restored here and runs") {
+				t.Errorf("error: %v", err)
+			}
+			p.at(t, 0, control.StateRestored)
+			delete(p.w[1].fail, step)
+			if _, err := p.migrate(t.Context(), 0); err != nil {
+				t.Errorf("the next migration: %v", err)
+			}
+			p.at(t, 1, control.StateRestored)
+		})
+	}
+}
+
+// Aborted at any point before it opens, from either side.
+func TestMigrateAborted(t *testing.T) {
+	for _, side := range []string{"old", "new", "caller"} {
+		for _, at := range []string{"TAKE", "vip+eth0", "exec", "RESTORECONN-syn"} {
+			t.Run(side+"/"+at, func(t *testing.T) {
+				p := newPair(t, 3)
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				aborted := make(chan error, 1)
+				p.w[1].hook[at] = func() {
+					delete(p.w[1].hook, at)
+					switch side {
+					case "caller":
+						cancel()
+						// The new node must have been told before the step goes on.
+						_ = poll(t.Context(), pollFirst, pollMost, func() (bool, error) {
+							p.a[1].mu.Lock()
+							defer p.a[1].mu.Unlock()
+							o := p.a[1].ops["redis"]
+							return o == nil || o.ctx.Err() != nil, nil
+						})
+						aborted <- nil
+					default:
+						n := 0
+						if side == "new" {
+							n = 1
+						}
+						go func() {
+							_, err := p.a[n].abort(context.Background(), "redis")
+							aborted <- err
+						}()
+						_ = poll(t.Context(), pollFirst, pollMost, func() (bool, error) {
+							p.a[1].mu.Lock()
+							defer p.a[1].mu.Unlock()
+							o := p.a[1].ops["redis"]
+							return o == nil || o.ctx.Err() != nil, nil
+						})
+					}
+				}
+				if _, err := p.migrate(ctx, 0); err == nil {
+					t.Error("the migration went on")
+				}
+				if err := <-aborted; err != nil {
+					t.Errorf("abort: %v", err)
+				}
+				p.at(t, 0, control.StateRestored)
+			})
+		}
+	}
+}
+
+func TestMigrateRefused(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		set  func(*pair)
+		to   string
+		want string
+	}{
+		{"no such node", nil, "node-x", `no node "node-x" in cluster.toml; there is ["node-a" "node-b"]`},
+		{"itself", nil, "node-a", "node-a is this node"},
+		{"not allowed", func(p *pair) { p.a[0].cfg.Apps["redis"].Nodes = []string{"node-a"} }, "node-b", `does not allow node-b`},
+		{"down", func(p *pair) { p.down[1] = true }, "node-b", "node node-b is down; nothing was changed"},
+		{"another configuration", func(p *pair) { p.a[1].cfg.Cluster.Filter.ExcludePorts = []uint16{23} }, "node-b", "reload both agents"},
+		{"somebody else has the VIP", func(p *pair) { p.w[1].answering = []string{"02:00:00:00:00:0a", "02:00:00:00:00:99"} }, "node-b", "answered for on eth0 by 02:00:00:00:00:99"},
+		{"the VIP is there", func(p *pair) { p.w[1].vip[""] = true }, "node-b", "is on interface eth0 here already"},
+		{"port taken", func(p *pair) { p.w[1].listening = true }, "node-b", "listened on already"},
+		{"known there", func(p *pair) { p.w[1].state = control.StateConnected }, "node-b", "in state CONNECTED here already"},
+		{"its filter is away", func(p *pair) { p.w[1].fail["STATUS"] = connect.NewError(connect.CodeUnavailable, errTest) }, "node-b", "made to fail"},
+		{"under way", func(p *pair) { p.w[0].state = control.StateSnapshotFreeze }, "node-b", "it is allowed in CONNECTED, RESTORED and SNAPSHOTDONE"},
+		{"taken", func(p *pair) { p.w[0].state, p.w[0].takenBy = control.StateBlockData, "node-b" }, "node-b", "node node-b has taken it over"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := newPair(t, 2)
+			if c.set != nil {
+				c.set(p)
+			}
+			before := p.w[0].state
+			for _, dry := range []bool{true, false} {
+				_, err := p.a[0].migrate(t.Context(), &pb.AgentMigrateRequest{App: "redis", ToNode: c.to, DryRun: dry}, false)
+				if err == nil || !strings.Contains(err.Error(), c.want) {
+					t.Errorf("dry run %v: %v, want %q", dry, err, c.want)
+				}
+			}
+			if p.w[0].state != before || !p.w[0].running || strings.Contains(p.w[0].trace(), "SNAPSHOT") {
+				t.Errorf("something was changed: %s %s", p.w[0].state, p.w[0].trace())
+			}
+		})
+	}
+}
+
+func TestMigrateDryRun(t *testing.T) {
+	p := newPair(t, 2)
+	r, err := p.a[0].migrate(t.Context(), &pb.AgentMigrateRequest{App: "redis", ToNode: "node-b", DryRun: true}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Checks) < 6 || r.State != control.StateConnected {
+		t.Errorf("reply %v", r)
+	}
+	if got := p.w[0].trace() + p.w[1].trace(); got != "" {
+		t.Errorf("something was done: %s", got)
+	}
+}
+
+// What is held moves with restore --to, and stays held where that fails.
+func TestRestoreTo(t *testing.T) {
+	p := newPair(t, 3)
+	if _, err := p.a[0].snapshot(t.Context(), &pb.AgentSnapshotRequest{App: "redis"}); err != nil {
+		t.Fatal(err)
+	}
+	p.w[1].fail["exec"] = errTest
+	to := &pb.AgentRestoreRequest{App: "redis", ToNode: "node-b"}
+	if _, err := p.a[0].Restore(t.Context(), connect.NewRequest(to)); err == nil || !strings.Contains(err.Error(), "node node-a holds its connections again") {
+		t.Errorf("error: %v", err)
+	}
+	p.at(t, 0, control.StateSnapshotDone)
+	delete(p.w[1].fail, "exec")
+	r, err := p.a[0].Restore(t.Context(), connect.NewRequest(to))
+	if err != nil || r.Msg.State != control.StateRestored {
+		t.Fatal(r, err)
+	}
+	p.at(t, 1, control.StateRestored)
+}
+
+// The scheduler asks the new node itself, any number of times.
+func TestRestoreFrom(t *testing.T) {
+	p := newPair(t, 3)
+	if _, err := p.a[0].snapshot(t.Context(), &pb.AgentSnapshotRequest{App: "redis"}); err != nil {
+		t.Fatal(err)
+	}
+	from := &pb.AgentRestoreRequest{App: "redis", OldNode: "node-a"}
+	if _, err := p.a[1].restoreFrom(t.Context(), &pb.AgentRestoreRequest{App: "redis", OldNode: "node-a", SnapshotId: "20200101T000000Z-000000"}); err == nil ||
+		!strings.Contains(err.Error(), "and not 20200101T000000Z-000000") {
+		t.Errorf("another snapshot: %v", err)
+	}
+	for range 2 {
+		if r, err := p.a[1].restoreFrom(t.Context(), from); err != nil || r.State != control.StateRestored {
+			t.Fatal(r, err)
+		}
+		p.at(t, 1, control.StateRestored)
+	}
+}
+
+// A holder that cannot be reached keeps what it has.
+func TestRestoreFromUnreachable(t *testing.T) {
+	p := newPair(t, 3)
+	if _, err := p.a[0].snapshot(t.Context(), &pb.AgentSnapshotRequest{App: "redis"}); err != nil {
+		t.Fatal(err)
+	}
+	p.down[0] = true
+	if _, err := p.a[1].restoreFrom(t.Context(), &pb.AgentRestoreRequest{App: "redis", OldNode: "node-a"}); err == nil || !strings.Contains(err.Error(), "down") {
+		t.Errorf("error: %v", err)
+	}
+	p.at(t, 0, control.StateSnapshotDone)
+}
+
+// The new filter dies in the middle and has written down what it holds: the
+// restore goes on from there.
+func TestMigrateNewFilterRestarts(t *testing.T) {
+	p := newPair(t, 3)
+	p.w[1].hook["RESTORECONN-syn"] = func() {
+		delete(p.w[1].hook, "RESTORECONN-syn")
+		p.w[1].mu.Lock()
+		defer p.w[1].mu.Unlock()
+		p.w[1].state, p.w[1].fail["RESTORECONN-syn"] = control.StateSnapshotDone,
+			control.Error(connect.CodeFailedPrecondition, "redis", control.StateSnapshotDone, "refused")
+		p.w[1].hook["RESTORESTART"] = func() {
+			p.w[1].mu.Lock()
+			defer p.w[1].mu.Unlock()
+			delete(p.w[1].fail, "RESTORECONN-syn")
+		}
+	}
+	if _, err := p.migrate(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	p.at(t, 1, control.StateRestored)
+}
+
+// A release that does not reach the old node is repeated, and the way back
+// does not wait for it.
+func TestMigrateReleaseLater(t *testing.T) {
+	p := newPair(t, 3)
+	p.w[0].fail["RELEASE"] = errTest
+	if _, err := p.migrate(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	if nodes, err := p.a[1].owed.nodes("redis"); err != nil || !slices.Equal(nodes, []string{"node-a"}) {
+		t.Fatalf("owed: %v %v", nodes, err)
+	}
+	delete(p.w[0].fail, "RELEASE")
+	if err := p.a[1].settleLater(t.Context(), "redis"); err != nil {
+		t.Error(err)
+	}
+	p.at(t, 1, control.StateRestored)
+
+	p.w[1].fail["RELEASE"] = errTest // now the other way round, and straight back
+	if _, err := p.migrate(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.migrate(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	delete(p.w[1].fail, "RELEASE")
+	if err := p.a[0].settleLater(t.Context(), "redis"); err != nil {
+		t.Error(err)
+	}
+	p.at(t, 1, control.StateRestored)
+}
+
+func TestYieldRefused(t *testing.T) {
+	p := newPair(t, 1)
+	p.w[0].state, p.w[0].takenBy = control.StateBlockData, "node-b"
+	for _, c := range []struct{ taker, what, want string }{
+		{"node-c", control.YieldAddresses, "has not taken"},
+		{"node-b", control.YieldBack, "not handed back"},
+		{"node-b", "all", "want addresses, back or release"},
+	} {
+		if _, err := p.a[0].yield(t.Context(), &pb.AgentYieldRequest{App: "redis", Taker: c.taker, What: c.what}); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s by %s: %v, want %q", c.what, c.taker, err, c.want)
+		}
+	}
+	// A release by whom it was not given to changes nothing.
+	if _, err := p.a[0].yield(t.Context(), &pb.AgentYieldRequest{App: "redis", Taker: "node-c", What: control.YieldRelease}); err != nil || p.w[0].state != control.StateBlockData {
+		t.Errorf("release by a stranger: %v, state %q", err, p.w[0].state)
+	}
+	if !p.w[0].vip[""] {
+		t.Error("the VIP went")
+	}
+}
+
+// What cannot be given back at once is given back later, and then the
+// application comes back.
+func TestMigrateUndoneLater(t *testing.T) {
+	p := newPair(t, 3)
+	p.w[1].fail["list"] = errTest
+	if _, err := p.migrate(t.Context(), 0); err == nil || !strings.Contains(err.Error(), "it is tried again") {
+		t.Fatal(err)
+	}
+	p.w[1].mu.Lock()
+	if p.w[1].state != control.StateRestoreStart || !p.w[1].vip[""] {
+		t.Errorf("not held by the new node: %q", p.w[1].state)
+	}
+	delete(p.w[1].fail, "list")
+	p.w[1].mu.Unlock()
+	p.settled(t)
+	p.at(t, 0, control.StateRestored)
+}
