@@ -273,7 +273,7 @@ func TestPrintable(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	r := newRig(t)
-	for _, name := range []string{"", "start", "stop", "status", "conns", "snapshot", "snapshots", "restore", "migrate", "abort", "release", "wait", "ioctl", "agent", "scheduler"} {
+	for _, name := range []string{"", "start", "stop", "status", "conns", "snapshot", "snapshots", "restore", "migrate", "abort", "release", "wait", "ioctl", "agent", "scheduler", "certs"} {
 		args := []string{name, "--help"}
 		if name == "" {
 			args = args[1:]

@@ -91,18 +91,6 @@ func (f *foreign) close() {
 	f.wg.Wait()
 }
 
-// peersOf are those that a filter knows: the nodes and the scheduler.
-func peersOf(cfg *config.Config) []control.Peer {
-	var out []control.Peer
-	for _, n := range cfg.Cluster.Nodes {
-		out = append(out, control.Peer{Name: n.Name, Address: n.Address, FilterPort: n.FilterPort, AgentPort: n.AgentPort})
-	}
-	if s := cfg.Cluster.Scheduler; s != nil {
-		out = append(out, control.Peer{Name: control.SchedulerName, Address: s.Address})
-	}
-	return out
-}
-
 // Peers is the way to the other nodes. It is made when it is needed first, and a
 // certificate that is wrong is an error of what needed it.
 func (n *Node) Peers() (*control.Peers, error) {
@@ -112,9 +100,7 @@ func (n *Node) Peers() (*control.Peers, error) {
 	if f.peers != nil {
 		return f.peers, nil
 	}
-	c := n.cfg.Load().Node
-	p, err := control.NewPeers(control.PeerOptions{Cert: c.TLS.Cert, Key: c.TLS.Key, CA: c.TLS.CA, AllowPlaintext: c.AllowPlaintext,
-		Peers: func() []control.Peer { return peersOf(n.cfg.Load()) }})
+	p, err := control.NewPeers(control.ClusterPeers(n.cfg.Load))
 	if err != nil {
 		return nil, err
 	}

@@ -125,6 +125,7 @@ func (w *world) SnapshotStart(_ context.Context, r *connect.Request[pb.SnapshotS
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.oldNode = ""
 	w.events = append(w.events, fmt.Sprintf("sockets=%d,ports=%v", len(r.Msg.Sockets), r.Msg.ListenPorts))
 	w.bounds = append(w.bounds, fmt.Sprint(r.Msg.Boundary, " ", r.Msg.QuietMs))
 	return connect.NewResponse(&pb.LearnReply{Unlearned: w.unlearned}), nil
@@ -208,7 +209,7 @@ func (w *world) Restored(context.Context, *connect.Request[pb.RestoredRequest]) 
 
 func (w *world) RestoreAbort(context.Context, *connect.Request[pb.AppRequest]) (*reply, error) {
 	w.mu.Lock()
-	foreign := w.oldNode != "" && w.state == control.StateRestoreStart
+	foreign := w.oldNode != "" && (w.state == control.StateRestoreStart || w.state == control.StateSnapshotDone)
 	w.mu.Unlock()
 	if foreign {
 		return w.handBack()

@@ -211,7 +211,7 @@ func (a *agent) yieldTo(ctx context.Context, old nfconnfilterv1connect.AgentClie
 // claim has every old node give the VIPs up and takes them.
 func (r *restoreRun) claim() error {
 	nodes, err := r.a.owed.nodes(r.app.Name)
-	if err != nil || len(nodes) == 0 || r.old == "" && r.a.hasVIPs(r.app) {
+	if err != nil || len(nodes) == 0 || (r.old == "" || r.taken) && r.a.hasVIPs(r.app) {
 		return err
 	}
 	r.op.enter("addresses")
@@ -267,7 +267,9 @@ func (r *restoreRun) rollBackForeign(cause error) (held bool, failure error) {
 		r.a.setProcess(name, nil)
 	}
 	if err == nil {
-		held, err = r.a.giveBack(ctx, r.app, r.old)
+		// A filter that was started anew holds them as its own, and the restore
+		// goes on from there, once.
+		held, err = r.a.giveBack(ctx, r.app, r.old, !r.taken && r.op.ctx.Err() == nil)
 	}
 	switch {
 	case err != nil:
@@ -282,9 +284,10 @@ func (r *restoreRun) rollBackForeign(cause error) (held bool, failure error) {
 }
 
 // giveBack ends a take-over that no client has seen anything of: the old node
-// answers again. held tells that the connections are held here and stay: this
-// node's filter was started anew in between and answers for good.
-func (a *agent) giveBack(ctx context.Context, app *config.App, node string) (held bool, err error) {
+// answers again. held tells that the connections are held here and stay: keep
+// leaves them where this node's filter was started anew and holds them as its
+// own; or they were open here before.
+func (a *agent) giveBack(ctx context.Context, app *config.App, node string, keep bool) (held bool, err error) {
 	old, done, err := a.dialAgent(node)
 	if err != nil {
 		return false, err
@@ -295,12 +298,17 @@ func (a *agent) giveBack(ctx context.Context, app *config.App, node string) (hel
 		if err != nil {
 			return false, err
 		}
-		switch st.State {
-		case control.StateSnapshotDone, control.StateRestored:
+		switch {
+		case st.State == control.StateRestored, st.State == control.StateSnapshotDone && (keep || st.OldNode != node):
 			held = true
 			return true, nil
-		case control.StateRestoreStart:
+		case st.State == control.StateSnapshotDone, st.State == control.StateRestoreStart:
 			return false, a.handBack(ctx, app, old, node)
+		case st.State == control.StateBlockData && st.TakenBy == node:
+			// It may have begun; or it was handed there by us, long ago.
+			if err := a.restoreAbort(ctx, app); err == nil || connect.CodeOf(err) != connect.CodeFailedPrecondition {
+				return false, err
+			}
 		}
 		there, _, err := a.askOld(ctx, old, node, app.Name)
 		if err != nil {
@@ -336,13 +344,18 @@ func (a *agent) handBack(ctx context.Context, app *config.App, old nfconnfilterv
 	if err := a.removeVIPs(app); err != nil {
 		return err
 	}
-	_, err := a.filter.RestoreAbort(ctx, connect.NewRequest(&pb.AppRequest{App: app.Name}))
-	if err = filterError(err, app.Name, control.RequestRestoreAbort); err != nil {
-		if st, serr := a.status(ctx, app.Name); serr == nil && st.State != control.StateUnknown {
-			err = errors.Join(err, a.takeAddresses(app))
+	err := a.restoreAbort(ctx, app)
+	if err != nil {
+		if st, serr := a.status(ctx, app.Name); serr == nil && (st.State == control.StateRestoreStart || st.State == control.StateSnapshotDone) {
+			err = errors.Join(err, a.takeAddresses(app)) // it answers here still
 		}
 	}
 	return err
+}
+
+func (a *agent) restoreAbort(ctx context.Context, app *config.App) error {
+	_, err := a.filter.RestoreAbort(ctx, connect.NewRequest(&pb.AppRequest{App: app.Name}))
+	return filterError(err, app.Name, control.RequestRestoreAbort)
 }
 
 // announceTake has this node's filter take the structures over.
@@ -374,7 +387,7 @@ func (a *agent) resumeForeign(op *operation, app *config.App, in *intent, st *pb
 		op.enter("undo")
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(op.ctx), 2*cleanupTimeout)
 		defer cancel()
-		held, err := a.giveBack(ctx, app, in.OldNode)
+		held, err := a.giveBack(ctx, app, in.OldNode, true)
 		if err != nil {
 			return "", nil, err
 		}
@@ -456,7 +469,9 @@ func (a *agent) settleLater(ctx context.Context, app string) error {
 	if in, err := a.intents.load(app); err != nil || in != nil && in.OldNode != "" {
 		return err
 	}
-	if st, err := a.status(ctx, app); err != nil || slices.Contains([]string{control.StateRestoreStart, control.StateBlockData}, st.State) {
+	st, err := a.status(ctx, app)
+	if err != nil || slices.Contains([]string{control.StateRestoreStart, control.StateBlockData}, st.State) ||
+		st.State == control.StateSnapshotDone && st.OldNode != "" { // not restored here once: it can go back still
 		return err
 	}
 	return a.releaseOld(app)

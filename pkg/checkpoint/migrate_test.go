@@ -235,25 +235,38 @@ func TestRestoreFromUnreachable(t *testing.T) {
 }
 
 // The new filter dies in the middle and has written down what it holds: the
-// restore goes on from there.
+// restore goes on from there, and where that fails too all is given back.
 func TestMigrateNewFilterRestarts(t *testing.T) {
-	p := newPair(t, 3)
-	p.w[1].hook["RESTORECONN-syn"] = func() {
-		delete(p.w[1].hook, "RESTORECONN-syn")
-		p.w[1].mu.Lock()
-		defer p.w[1].mu.Unlock()
-		p.w[1].state, p.w[1].fail["RESTORECONN-syn"] = control.StateSnapshotDone,
-			control.Error(connect.CodeFailedPrecondition, "redis", control.StateSnapshotDone, "refused")
-		p.w[1].hook["RESTORESTART"] = func() {
-			p.w[1].mu.Lock()
-			defer p.w[1].mu.Unlock()
-			delete(p.w[1].fail, "RESTORECONN-syn")
+	for _, again := range []bool{true, false} {
+		p := newPair(t, 3)
+		w := p.w[1]
+		w.hook["RESTORECONN-syn"] = func() {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			delete(w.hook, "RESTORECONN-syn")
+			w.state = control.StateSnapshotDone
+			w.fail["RESTORECONN-syn"] = control.Error(connect.CodeFailedPrecondition, "redis", control.StateSnapshotDone, "refused")
+			w.hook["RESTORESTART"] = func() {
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				if again {
+					delete(w.fail, "RESTORECONN-syn")
+				}
+			}
 		}
+		_, err := p.migrate(t.Context(), 0)
+		if again {
+			if err != nil {
+				t.Fatal(err)
+			}
+			p.at(t, 1, control.StateRestored)
+			continue
+		}
+		if err == nil || !strings.Contains(err.Error(), "was restored here and runs") {
+			t.Errorf("error: %v", err)
+		}
+		p.at(t, 0, control.StateRestored)
 	}
-	if _, err := p.migrate(t.Context(), 0); err != nil {
-		t.Fatal(err)
-	}
-	p.at(t, 1, control.StateRestored)
 }
 
 // A release that does not reach the old node is repeated, and the way back

@@ -31,6 +31,7 @@ type restoreRun struct {
 	// The node that holds the connections, and its agent; "" and nil: this one.
 	old      string
 	oldAgent nfconnfilterv1connect.AgentClient
+	taken    bool // they were handed over before, and can go back there still
 
 	opening bool      // RESTORED was sent
 	lone    time.Time // since when the application is only waited for to open connections again
@@ -79,7 +80,7 @@ func (a *agent) restoreHeld(op *operation, app *config.App, st *pb.AppStatus, id
 		return nil, failed(opRestore, name, st.State, err)
 	}
 	defer s.Close()
-	if err := a.intend(op, intent{SnapshotID: st.SnapshotId}); err != nil {
+	if err := a.intend(op, intent{SnapshotID: st.SnapshotId, OldNode: st.OldNode}); err != nil {
 		return nil, failed(opRestore, name, st.State, err)
 	}
 	// A process that nobody knows to run keeps the ports; its connections are held.
@@ -92,16 +93,23 @@ func (a *agent) restoreHeld(op *operation, app *config.App, st *pb.AppStatus, id
 		}
 		a.setProcess(name, nil)
 	}
-	r := &restoreRun{a: a, op: op, app: app, id: st.SnapshotId, socks: s}
+	r := &restoreRun{a: a, op: op, app: app, id: st.SnapshotId, socks: s, old: st.OldNode, taken: st.OldNode != ""}
 	if err := r.run(); err != nil {
+		if r.taken {
+			_, err := r.rollBackForeign(err)
+			return nil, err
+		}
 		return nil, r.rollBack(err)
+	}
+	if r.taken {
+		a.settle(name)
 	}
 	return &pb.AgentReply{App: name, State: control.StateRestored, Phases: op.took()}, nil
 }
 
 func (r *restoreRun) run() error {
 	steps := []func() error{r.claim, r.place, r.announce, r.clear, r.launch}
-	if r.old != "" { // the filter answers before the addresses come
+	if r.old != "" && !r.taken { // the filter answers before the addresses come
 		steps = []func() error{r.placeInside, r.announce, r.claim, r.clear, r.launch}
 	}
 	for _, step := range steps {
@@ -144,7 +152,6 @@ func (r *restoreRun) rollBack(cause error) error {
 	if serr == nil && st.State == control.StateRestored {
 		// The answer was lost, or what followed it failed: clients speak with
 		// the new process already.
-		r.op.left = r.old != "" // the old node is not released
 		return failed(opRestore, r.app.Name, st.State, noted(cause, "; but its connections are open again and it runs"))
 	}
 	var err error
@@ -174,12 +181,12 @@ func (r *restoreRun) rollBack(cause error) error {
 }
 
 func (r *restoreRun) announce() error {
-	if r.old != "" {
-		r.op.enter("hand over")
-		r.op.note("from %s", r.old)
-	} else {
+	if r.old == "" || r.taken {
 		r.op.enter("announce")
+		return r.a.announceTake(r.op.ctx, r.app, r.id, "")
 	}
+	r.op.enter("hand over")
+	r.op.note("from %s", r.old)
 	return r.a.announceTake(r.op.ctx, r.app, r.id, r.old)
 }
 

@@ -8,6 +8,7 @@ import "github.com/nfconnfilter/nfconnfilter/pkg/config"
 func ClusterPeers(current func() *config.Config) PeerOptions {
 	n := current().Node
 	return PeerOptions{
+		Self: n.Name,
 		Cert: n.TLS.Cert, Key: n.TLS.Key, CA: n.TLS.CA,
 		AllowPlaintext: n.AllowPlaintext,
 		Peers:          func() []Peer { return peersOf(&current().Cluster) },

@@ -60,6 +60,10 @@ func IsUnreachable(err error) bool {
 	if errors.As(err, &op) && op.Op == "dial" {
 		return true
 	}
+	var nd notDelivered
+	if errors.As(err, &nd) { // a certificate, say: trying again does not help
+		return false
+	}
 	for _, e := range []error{syscall.ECONNREFUSED, syscall.ENOENT, syscall.ECONNRESET, syscall.EPIPE, io.EOF, io.ErrUnexpectedEOF, net.ErrClosed} {
 		if errors.Is(err, e) {
 			return true

@@ -95,7 +95,7 @@ func Serve(ctx context.Context, l net.Listener, handler http.Handler, allowed fu
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	g := &gate{next: handler, errors: connect.NewErrorWriter()}
+	g := &gate{next: handler, errors: connect.NewErrorWriter(), limit: MaxRequest, body: bodyTimeout}
 	srv := &http.Server{
 		Handler:           g,
 		ReadHeaderTimeout: headerTimeout,
@@ -247,6 +247,8 @@ type gate struct {
 	next   http.Handler
 	errors *connect.ErrorWriter
 	active atomic.Int64
+	limit  int64         // of a request in bytes
+	body   time.Duration // for it to arrive
 }
 
 func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -260,8 +262,8 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	_ = rc.SetWriteDeadline(time.Time{})
-	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxRequest))
+	_ = rc.SetReadDeadline(time.Now().Add(g.body))
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, g.limit))
 	if err != nil {
 		w.Header().Set("Connection", "close")
 		_ = rc.SetWriteDeadline(time.Now().Add(replyTimeout))
