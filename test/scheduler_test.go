@@ -146,3 +146,29 @@ func TestSchedulerBalance(t *testing.T) {
 		t.Errorf("it was moved %d times", n)
 	}
 }
+
+// TestHibernate: on a node without a scheduler the agent itself puts Redis to
+// sleep, and wakes it.
+func TestHibernate(t *testing.T) {
+	t.Parallel()
+	app := beating("match = \"PING\\r\\n\"\nreply = \"+PONG\\r\\n\"\n[hibernate]\nafter = \"2s\"\n")
+	n := newNode(t, harness.Options{Name: "hibernate", Apps: []harness.App{app}})
+	must(t, n.Up())
+	c, err := n.Dial(at(6379))
+	must(t, err)
+	defer c.Close()
+	for end := time.Now().Add(4 * time.Second); time.Now().Before(end); time.Sleep(500 * time.Millisecond) {
+		must(t, said(c, "SET k value\r\n", "+OK\r\n", reply)) // twice a second, and awake for it
+		if st, err := n.Status("redis"); err != nil || st.State != "CONNECTED" {
+			t.Fatalf("in state %s while a client speaks, %v", st.State, err)
+		}
+	}
+	must(t, harness.Wait(reply, "asleep", func() bool {
+		must(t, said(c, "PING\r\n", "+PONG\r\n", reply))
+		time.Sleep(500 * time.Millisecond) // the client's interval
+		st, err := n.Status("redis")
+		return err == nil && st.State == "SNAPSHOTDONE"
+	}))
+	gone(t, n, "redis-server")
+	must(t, said(c, "GET k\r\n", "$5\r\nvalue\r\n", reply))
+}
