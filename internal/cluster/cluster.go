@@ -29,6 +29,9 @@ var (
 	grace       = 10 * time.Second // for actions under way, when the scheduler is told to end
 )
 
+// pollLeast is the least time between two questions to a node.
+const pollLeast = 20 * time.Millisecond
+
 // actionTimeout bounds one request to an agent: its own time-outs are shorter.
 const actionTimeout = 15 * time.Minute
 

@@ -104,6 +104,10 @@ func (d *driver) ask(ctx context.Context, n *node) {
 		case <-ctx.Done():
 		case <-tick.C:
 		case <-n.kicked:
+			select { // however many requests come
+			case <-ctx.Done():
+			case <-time.After(time.Until(at.Add(pollLeast))):
+			}
 		}
 	}
 }

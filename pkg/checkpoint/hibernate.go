@@ -28,7 +28,7 @@ func (a *agent) sleepIfDue(s sleeps, app *config.App, p *pb.AppStatus) {
 		s[app.Name] = b
 	}
 	state, known := appstate.ParseApp(p.State)
-	idle := a.idle.idleMs(app.Name)
+	idle := a.idle.idleMs(p)
 	st := scheduler.AppStatus{State: state, RestoreRequested: p.RestoreRequested, Idle: time.Duration(idle) * time.Millisecond}
 	b.mu.Lock()
 	due := !b.under && known && idle >= 0 && b.Due(time.Now()) && scheduler.Sleepy(st, app.Hibernate.After.Std())

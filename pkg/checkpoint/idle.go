@@ -25,17 +25,19 @@ import (
 // went between two samples: the filter counts handshakes.
 //
 // It errs in one direction only where somebody speaks in messages of just these
-// lengths, about one a second at most: such an application is put to sleep,
+// lengths, two or three a second at most: such an application is put to sleep,
 // and woken by its next message. Nothing is lost by that. In the other
-// direction heartbeats that come faster than one a second, or that the
+// direction heartbeats that come faster, or that the
 // application answers otherwise than configured, keep it awake.
 
 const (
 	idleEvery = time.Second
 	// idleStale is the age from which a sample says nothing any more.
 	idleStale = 5 * time.Second
-	// maxBeats bounds the heartbeats between two samples.
-	maxBeats = 16
+	// Between two samples there may be one heartbeat a second, and a few more: a
+	// remote's seconds are not ours.
+	spareBeats = 2
+	maxBeats   = 16
 )
 
 // idleMeters holds a meter for each application that may hibernate.
@@ -45,12 +47,13 @@ type idleMeters struct {
 	now func() time.Time
 }
 
-// idleMs gives the idle time as NodeStatus tells it; -1: not known.
-func (m *idleMeters) idleMs(app string) int64 {
+// idleMs gives the idle time as NodeStatus tells it; -1: not known, also where
+// the last sample is of the time before the application was away.
+func (m *idleMeters) idleMs(st *pb.AppStatus) int64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	i := m.all[app]
-	if i == nil || m.now().Sub(i.at) > idleStale {
+	i := m.all[st.Name]
+	if i == nil || i.era != eraOf(st) || m.now().Sub(i.at) > idleStale {
 		return -1
 	}
 	return i.at.Sub(i.last).Milliseconds()
@@ -62,14 +65,16 @@ func (m *idleMeters) sample(app *config.App, st *pb.AppStatus, socks []sockdiag.
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	opened := st.Reasons["handshake"] + st.Reasons["table-full"] + st.Reasons["app-table-full"]
-	era := st.State + " " + st.SnapshotId
 	i := m.all[app.Name]
-	if i == nil || i.era != era {
-		i = &idleMeter{era: era}
+	if i == nil || i.era != eraOf(st) {
+		i = &idleMeter{era: eraOf(st)}
 		m.all[app.Name] = i
 	}
 	i.sample(m.now(), app.Heartbeats, socks, opened)
 }
+
+// eraOf names the time since an application was away last.
+func eraOf(st *pb.AppStatus) string { return st.State + " " + st.SnapshotId }
 
 // forget drops the meters of applications that are not among names: what is
 // away, and comes back, begins anew.
@@ -106,7 +111,7 @@ func (i *idleMeter) sample(now time.Time, beats []config.Heartbeat, socks []sock
 	active := first || opened != i.opened
 	known := make(map[connKey]counters, len(socks))
 	quiet := time.Duration(-1)
-	n := 1 + int(min(now.Sub(i.at)/time.Second, maxBeats))
+	n := spareBeats + int(min(now.Sub(i.at).Round(time.Second)/time.Second, maxBeats))
 	for _, k := range socks {
 		if k.State == sockdiag.TimeWait {
 			continue

@@ -68,7 +68,8 @@ func TestIdleMeter(t *testing.T) {
 		{"and is", func() { socks[0].RecvQ = 0; beating.Info.BytesReceived += 6 }, false},
 		{"what it says by itself", func() { beating.Info.BytesAcked++ }, false},
 		{"two heartbeats", func() { beating.Info.BytesReceived += 12 }, false},
-		{"three in a second", func() { beating.Info.BytesReceived += 18 }, true},
+		{"three in a second", func() { beating.Info.BytesReceived += 18 }, false},
+		{"four", func() { beating.Info.BytesReceived += 24 }, true},
 		{"another length", func() { beating.Info.BytesReceived += 5 }, true},
 		{"another answer", func() { beating.Info.BytesAcked += 6 }, true},
 		{"what only the filter says", func() { beating.Info.BytesAcked += 11 }, true},
@@ -94,7 +95,7 @@ func TestIdleMeter(t *testing.T) {
 	}
 	// After a gap there may be more of them.
 	now = now.Add(4 * time.Second)
-	beating.Info.BytesReceived += 5 * 6
+	beating.Info.BytesReceived += 7 * 6
 	if got := look(); got == 0 {
 		t.Error("heartbeats of five seconds are activity")
 	}
@@ -104,27 +105,31 @@ func TestIdleMeters(t *testing.T) {
 	now := time.Unix(1000, 0)
 	m := idleMeters{all: map[string]*idleMeter{}, now: func() time.Time { return now }}
 	app := &config.App{Name: "redis"}
-	if got := m.idleMs("redis"); got != -1 {
+	st := &pb.AppStatus{Name: "redis", State: control.StateConnected}
+	if got := m.idleMs(st); got != -1 {
 		t.Errorf("never looked at: %d", got)
 	}
-	st := &pb.AppStatus{State: control.StateConnected}
 	m.sample(app, st, nil)
 	now = now.Add(3 * time.Second)
 	m.sample(app, st, nil)
-	if got := m.idleMs("redis"); got != 3000 {
+	if got := m.idleMs(st); got != 3000 {
 		t.Errorf("idle for %d ms", got)
 	}
-	m.sample(app, &pb.AppStatus{State: control.StateRestored, SnapshotId: "a"}, nil)
-	if got := m.idleMs("redis"); got != 0 {
+	st = &pb.AppStatus{Name: "redis", State: control.StateRestored, SnapshotId: "a"}
+	if got := m.idleMs(st); got != -1 {
+		t.Errorf("restored, and not looked at yet: %d", got)
+	}
+	m.sample(app, st, nil)
+	if got := m.idleMs(st); got != 0 {
 		t.Errorf("restored just now: %d", got)
 	}
 	now = now.Add(idleStale + time.Second)
-	if got := m.idleMs("redis"); got != -1 {
+	if got := m.idleMs(st); got != -1 {
 		t.Errorf("a look of long ago: %d", got)
 	}
-	m.sample(app, &pb.AppStatus{State: control.StateRestored, SnapshotId: "a"}, nil)
+	m.sample(app, st, nil)
 	m.forget([]string{"other"})
-	if got := m.idleMs("redis"); got != -1 {
+	if got := m.idleMs(st); got != -1 {
 		t.Errorf("forgotten: %d", got)
 	}
 }

@@ -45,7 +45,7 @@ func (a *agent) NodeStatus(ctx context.Context, _ *connect.Request[pb.AgentNodeS
 		}
 		n := &pb.NodeApp{
 			Name: name, State: s.State, SnapshotId: s.SnapshotId, RestoreRequested: s.RestoreRequested,
-			OldNode: s.OldNode, TakenBy: s.TakenBy, IdleMs: a.idle.idleMs(name),
+			OldNode: s.OldNode, TakenBy: s.TakenBy, IdleMs: a.idle.idleMs(s),
 		}
 		for _, c := range s.Connections {
 			n.Connections += c

@@ -360,6 +360,22 @@ func TestHibernate(t *testing.T) {
 	b.want(b.look(), "")
 }
 
+// Remotes that speak keep it awake, also where the node has not seen it yet.
+func TestHibernateAsked(t *testing.T) {
+	b := newBench(t)
+	b.s.Configure(Config{Nodes: b.cfg.Nodes, Apps: map[string]App{"redis": {VIPs: []netip.Addr{redisVIP}, HibernateAfter: time.Minute}}})
+	b.on("redis", "a").State, b.on("redis", "a").Idle = appstate.Restored, time.Minute
+	for _, n := range b.cfg.Nodes {
+		st := *b.nodes[n]
+		st.At = b.now
+		b.s.Observe(st)
+	}
+	b.now = b.now.Add(time.Millisecond)
+	b.ask(redisVIP)
+	b.want(b.step(), "")
+	b.want(b.look(), "snapshot redis on a") // it has not, the node says
+}
+
 func (b *bench) balance(high, low float64, cooldown time.Duration) {
 	b.cfg.Balance = Balance{High: high, Low: low, Cooldown: cooldown}
 	b.s.Configure(b.cfg)
