@@ -78,7 +78,7 @@ func TestDefaults(t *testing.T) {
 	if c.Node != wantNode {
 		t.Errorf("node\n got %+v\nwant %+v", c.Node, wantNode)
 	}
-	wantCluster := Cluster{Filter: Filter{ExcludePorts: []uint16{22}}, Hold: Hold{OnDataDuringSnapshot: "hold", Wake: "first-byte"}}
+	wantCluster := Cluster{Filter: Filter{ExcludePorts: []uint16{22}}, Hold: Hold{OnDataDuringSnapshot: "hold", Wake: "first-byte"}, Snapshots: Snapshots{Keep: 5}}
 	if !reflect.DeepEqual(c.Cluster, wantCluster) {
 		t.Errorf("cluster\n got %+v\nwant %+v", c.Cluster, wantCluster)
 	}
