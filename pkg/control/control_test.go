@@ -490,7 +490,7 @@ func TestWords(t *testing.T) {
 	}
 	s := States()
 	s[0] = "changed"
-	if States()[0] != StateConnected || len(States()) != 7 || len(Requests()) != 14 {
+	if States()[0] != StateConnected || len(States()) != 7 || len(Requests()) != 17 {
 		t.Error("the lists can be changed from outside, or lack a word")
 	}
 }
