@@ -138,6 +138,33 @@ func TestMigrateIPv6(t *testing.T) {
 	})
 }
 
+// TestMigrateBothFamilies moves an application with an IPv4 and an IPv6 address, which
+// has clients on both.
+func TestMigrateBothFamilies(t *testing.T) {
+	app := harness.Redis("redis", vip+","+vip6)
+	app.Before = []string{"redis-cli", "-h", vip, "save"}
+	c, load := clusterUp(t, harness.ClusterOptions{Name: "both", Apps: []harness.App{app}}, 30)
+	six, err := clients.OpenLoad(c.Dial, net.JoinHostPort(vip6, "6379"), nextClient, 30)
+	must(t, err)
+	nextClient += 30
+	t.Cleanup(six.Close)
+	rounds(t, six, 4)
+	unnoticed := watchCluster(t, c, vip)
+	rounds(t, load, 1)
+	for i := range 4 {
+		_, err := c.Migrate("redis", i%2, 1-i%2)
+		must(t, err)
+		rounds(t, load, 2)
+		rounds(t, six, 2)
+		for _, v := range []string{vip, vip6} {
+			if node, err := c.Settled("redis", v, reply); err != nil || node != 1-i%2 {
+				t.Fatalf("%s is on node %d, %v", v, node, err)
+			}
+		}
+	}
+	unnoticed(4)
+}
+
 // TestMigrateOutgoing: an application moves with the connections that it has
 // opened to a server on another machine, while it is asked all the time. The server
 // has the same ones after each move, and sees no SYN, FIN or RST.
