@@ -108,7 +108,7 @@ func watchCluster(t *testing.T, c *harness.Cluster, vip string) func(moves int) 
 // TestClusterHarness: a node of a cluster is a node like any other, and the
 // client's link loses what it says.
 func TestClusterHarness(t *testing.T) {
-	c, load := clusterUp(t, harness.ClusterOptions{Name: "one", Cable: true, Seed: 1, Plaintext: true}, 20)
+	c, load := clusterUp(t, harness.ClusterOptions{Name: "one", Cable: true, Seed: 1}, 20)
 	unnoticed := watchCluster(t, c, vip)
 	rounds(t, load, 1)
 	n := c.Nodes[0]

@@ -57,6 +57,11 @@ func whole(t *testing.T) {
 	if !strings.Contains(string(text), "no redis-server process | 20 of 20 clients connected") {
 		t.Errorf("it does not show that the process is gone:\n%s", text)
 	}
+	for _, want := range []string{"second act", "redis-server on node-a: [], on node-b: [", "re-establish", "every reply was right; the slowest took"} {
+		if !strings.Contains(string(text), want) {
+			t.Errorf("it does not show %q:\n%s", want, text)
+		}
+	}
 	if left := leftovers(t, cmd.Process.Pid); len(left) != 0 {
 		t.Errorf("left behind: %v", left)
 	}

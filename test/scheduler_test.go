@@ -34,7 +34,7 @@ func TestSchedulerSleep(t *testing.T) {
 	t.Parallel()
 	const after = 3 * time.Second
 	app := beating("match = \"PING\\r\\n\"\nreply = \"+PONG\\r\\n\"\n[hibernate]\nafter = \"" + after.String() + "\"\n")
-	c, load := clusterUp(t, harness.ClusterOptions{Name: "sleep", Plaintext: true, Scheduler: true, LoadFiles: true, Apps: []harness.App{app}}, 50)
+	c, load := clusterUp(t, harness.ClusterOptions{Name: "sleep", Scheduler: true, LoadFiles: true, Apps: []harness.App{app}}, 50)
 	beat, err := c.Dial(at(6379))
 	must(t, err)
 	defer beat.Close()
@@ -92,7 +92,7 @@ func TestSchedulerSleep(t *testing.T) {
 // Redis needs on its node is taken. The next scheduler knows that clients wait,
 // and brings it back on the other node when its own fails.
 func TestSchedulerElsewhere(t *testing.T) {
-	c, load := clusterUp(t, harness.ClusterOptions{Name: "else", Plaintext: true, Scheduler: true, LoadFiles: true}, 50)
+	c, load := clusterUp(t, harness.ClusterOptions{Name: "else", Scheduler: true, LoadFiles: true}, 50)
 	snapshot(t, c.Nodes[0], "redis", "redis-server")
 	l, err := c.Nodes[0].Net.Node().Listen("tcp", "0.0.0.0:6379")
 	must(t, err)
@@ -120,7 +120,7 @@ func TestSchedulerElsewhere(t *testing.T) {
 func TestSchedulerBalance(t *testing.T) {
 	t.Parallel()
 	const cooldown = 2 * time.Second
-	c, load := clusterUp(t, harness.ClusterOptions{Name: "balance", Plaintext: true, Scheduler: true, LoadFiles: true,
+	c, load := clusterUp(t, harness.ClusterOptions{Name: "balance", Scheduler: true, LoadFiles: true,
 		Lines: "[balance]\nhigh = 0.9\nlow = 0.5\ncooldown = \"" + cooldown.String() + "\"\n"}, 50)
 	must(t, c.Nodes[0].SetLoad(1.5))
 	for end := time.Now().Add(reply); begun(t, c, "migrate") == 0; {

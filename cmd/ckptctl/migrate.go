@@ -128,6 +128,14 @@ would answer the clients with RST then. --force does it all the same.`,
 			return err
 		}
 		return c.withFilter(ctx, func(ctx context.Context, f *control.FilterClient) error {
+			// In other states the filter takes it for a repetition, or for what the
+			// taker says when it is done.
+			if state, err := stateOf(ctx, f, app); err != nil {
+				return err
+			} else if state != control.StateBlockData {
+				return control.Error(connect.CodeFailedPrecondition, app, state,
+					fmt.Sprintf("release of %s refused: it is %s here and not BLOCKDATA; nothing that another node has taken over is left to be forgotten", app, stateWord(state)))
+			}
 			r, err := f.Release(ctx, connect.NewRequest(&nfconnfilterv1.ReleaseRequest{App: app, Force: force}))
 			if err != nil {
 				return err
@@ -137,4 +145,21 @@ would answer the clients with RST then. --force does it all the same.`,
 	})
 	cmd.Flags().BoolVar(&force, "force", false, "also while the VIP is on this node")
 	return cmd
+}
+
+// stateOf asks the filter for an application's state.
+func stateOf(ctx context.Context, f *control.FilterClient, app string) (string, error) {
+	r, err := f.Status(ctx, connect.NewRequest(&nfconnfilterv1.StatusRequest{App: app}))
+	if connect.CodeOf(err) == connect.CodeNotFound {
+		return control.StateUnknown, nil
+	}
+	if err != nil {
+		return "", err
+	}
+	for _, a := range r.Msg.Apps {
+		if a.Name == app {
+			return a.State, nil
+		}
+	}
+	return control.StateUnknown, nil
 }

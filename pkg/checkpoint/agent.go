@@ -439,9 +439,16 @@ func (o osAddresses) links(iface string) []string {
 	return out
 }
 
-func (o osAddresses) probe(namespace, iface string, addr netip.Addr) ([]string, error) {
-	return nil, nil
-} // MERGE
+func (o osAddresses) probe(namespace, iface string, addr netip.Addr) (out []string, err error) {
+	err = o.in(namespace, func() error {
+		who, err := vip.Probe(iface, addr)
+		for _, w := range who {
+			out = append(out, w.String())
+		}
+		return err
+	})
+	return out, err
+}
 
 func (o osAddresses) route(addr netip.Addr) (iface string, err error) {
 	err = o.in(hostNamespace, func() error {

@@ -59,7 +59,8 @@ func failed(op, app, state string, err error) error {
 	case errors.Is(err, context.DeadlineExceeded):
 		code = connect.CodeDeadlineExceeded
 	}
-	return control.Error(code, app, state, fmt.Sprintf("%s of %s: %s", op, app, msg), conns...)
+	prefix := fmt.Sprintf("%s of %s: ", op, app) // what failed within it says so already
+	return control.Error(code, app, state, prefix+strings.TrimPrefix(msg, prefix), conns...)
 }
 
 // refused is the error of an operation that the state does not allow.

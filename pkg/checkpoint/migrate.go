@@ -74,12 +74,18 @@ func (a *agent) migrate(ctx context.Context, m *pb.AgentMigrateRequest, held boo
 	}
 	// It ran when this began, so it does again, and whoever asks learns whether.
 	defer a.returned(m.App)
-	if back, rerr := a.restore(a.root, m.App, ""); rerr == nil {
-		return nil, failed(opMigrate, m.App, back.State, noted(err, "; it was restored here and runs"))
-	} else if connect.CodeOf(rerr) != connect.CodeFailedPrecondition {
-		err = noted(err, "; and it could not be restored here: "+message(rerr))
+	_, rerr := a.restore(a.root, m.App, "")
+	if rerr != nil { // a client may have asked for it just before
+		_ = poll(a.root, pollFirst, pollMost, func() (bool, error) { return !a.busy(m.App), nil })
 	}
-	return nil, err
+	st, serr := a.status(a.root, m.App)
+	switch {
+	case serr == nil && st.State == control.StateRestored:
+		return nil, failed(opMigrate, m.App, st.State, noted(err, "; it was restored here and runs"))
+	case rerr != nil:
+		err = noted(err, "; and it is not restored here yet: "+message(rerr))
+	}
+	return nil, failed(opMigrate, m.App, st.GetState(), err)
 }
 
 // mayLeave refuses a target that can be told to be wrong without asking.

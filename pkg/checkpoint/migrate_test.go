@@ -338,3 +338,21 @@ func TestMigrateUndoneLater(t *testing.T) {
 	p.settled(t)
 	p.at(t, 0, control.StateRestored)
 }
+
+// An application that is not known here is not started while another machine
+// has its VIP, and nothing is changed.
+func TestStartElsewhere(t *testing.T) {
+	p := newPair(t, 0)
+	w := p.w[1]
+	w.answering = []string{"02:00:00:00:00:99"}
+	if _, err := p.a[1].start(t.Context(), "redis"); err == nil || !strings.Contains(err.Error(), "answered for on eth0 by 02:00:00:00:00:99") {
+		t.Errorf("error: %v", err)
+	}
+	if got := w.trace(); got != "" {
+		t.Errorf("something was done: %s", got)
+	}
+	w.answering = nil
+	if _, err := p.a[1].start(t.Context(), "redis"); err != nil {
+		t.Error(err)
+	}
+}

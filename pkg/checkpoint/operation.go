@@ -213,7 +213,7 @@ func (a *agent) finish(o *operation, err error) {
 	wanted := a.wanted[o.app] && a.root.Err() == nil
 	delete(a.wanted, o.app)
 	a.mu.Unlock()
-	if wanted && o.name != opRestore {
+	if wanted && o.name != opRestore && (o.name != opMigrate || err != nil) { // a migrated one is not here any more
 		a.restoreSoon(o.app)
 	}
 	if o.left {

@@ -351,7 +351,9 @@ func (s store) writable(app string) error {
 	}
 	if err == nil {
 		name := filepath.Join(app, ".probe-"+randomHex(4))
-		err = errors.Join(writeAtomic(dir, name, make([]byte, 4096), 0o600), dir.Remove(name))
+		if err = writeAtomic(dir, name, make([]byte, 4096), 0o600); err == nil {
+			err = dir.Remove(name)
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("snapshot store %s: %w; make it writable for root on every node, and see that it has room", s.dir, err)

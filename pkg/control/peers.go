@@ -284,7 +284,9 @@ func watchful(c net.Conn) {
 	if !ok {
 		return
 	}
-	_ = t.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 3 * time.Second, Count: 3})
+	// The RST of a daemon that is killed can be lost with the queue of a filter
+	// that dies at the same moment: a probe has it sent again.
+	_ = t.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: int(peerGone / time.Second)})
 	if raw, err := t.SyscallConn(); err == nil {
 		_ = raw.Control(func(fd uintptr) {
 			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(peerGone.Milliseconds()))

@@ -89,7 +89,9 @@ func (r *peerRig) serve(t *testing.T, o PeerOptions) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- p.Serve(ctx, r.l, AgentHandler(r.agent), nfconnfilterv1connect.AgentNodeStatusProcedure) }()
+	go func() {
+		done <- p.Serve(ctx, r.l, AgentHandler(r.agent), nfconnfilterv1connect.AgentNodeStatusProcedure)
+	}()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {

@@ -1,6 +1,6 @@
 // Command demo shows the main job of this project on one machine: a Redis
 // server is stopped, its clients stay connected, and it comes back when one of
-// them speaks. It needs root for its network namespaces and touches nothing
+// them speaks; then it moves to another node while all of them speak. It needs root for its network namespaces and touches nothing
 // outside of them.
 package main
 
@@ -68,9 +68,10 @@ type demo struct {
 	hold    time.Duration
 	logs    bool
 
-	start time.Time
-	node  *harness.Node
-	load  *clients.Load
+	start   time.Time
+	cluster *harness.Cluster
+	node    *harness.Node // that has the application
+	load    *clients.Load
 }
 
 // say prints a line of the timeline.
@@ -88,17 +89,17 @@ func (d *demo) run(ctx context.Context) (err error) {
 		if d.load != nil {
 			d.load.Close()
 		}
-		if d.node == nil {
+		if d.cluster == nil {
 			return
 		}
 		if d.logs || err != nil && ctx.Err() == nil {
-			fmt.Fprint(os.Stderr, "\n", d.node.Logs())
+			fmt.Fprint(os.Stderr, "\n", d.cluster.Logs())
 		}
-		if cerr := d.node.Close(); cerr != nil {
+		if cerr := d.cluster.Close(); cerr != nil {
 			err = errors.Join(err, fmt.Errorf("clean-up: %w", cerr))
 		}
 	}()
-	for _, step := range []func(context.Context) error{d.setUp, d.snapshot, d.away, d.wake} {
+	for _, step := range []func(context.Context) error{d.setUp, d.snapshot, d.away, d.wake, d.move} {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -111,21 +112,24 @@ func (d *demo) run(ctx context.Context) (err error) {
 
 // setUp starts everything and lets the clients work for a while.
 func (d *demo) setUp(ctx context.Context) (err error) {
-	d.node, err = harness.New(harness.Options{Name: "demo", Bin: d.bin, Apps: []harness.App{harness.Redis(app, vip)}})
+	d.cluster, err = harness.NewCluster(harness.ClusterOptions{Name: "demo", Bin: d.bin, Apps: []harness.App{harness.Redis(app, vip)}})
 	if err != nil {
 		return err
 	}
-	d.say("two network namespaces, a node (%s) and its clients (%s), joined by a cable", d.node.Net.NodeAddr(), d.node.Net.ClientAddr())
-	if err := d.node.Up(); err != nil {
+	d.node = d.cluster.Nodes[0]
+	d.say("network namespaces on one switch: two nodes (%s and %s) and the clients (%s)",
+		d.node.Net.NodeAddr(), d.cluster.Nodes[1].Net.NodeAddr(), d.node.Net.ClientAddr())
+	if err := d.cluster.Up(); err != nil {
 		return err
 	}
+	fmt.Fprintf(d.out, "\nfirst act: the server goes away, and comes back when a client speaks\n\n")
 	pids, err := d.node.Processes(comm)
 	if err != nil {
 		return err
 	}
-	d.say("on the node: nfconnfilter (pid %d), ckptctl agent (pid %d), %s on %s:6379 (pid %v)",
+	d.say("on node-a: nfconnfilter (pid %d), ckptctl agent (pid %d), %s on %s:6379 (pid %v)",
 		d.node.Filter.PID(), d.node.Agent.PID(), comm, vip, pids)
-	if d.load, err = clients.OpenLoad(d.node.Dial, vip+":6379", 0, d.clients); err != nil {
+	if d.load, err = clients.OpenLoad(d.cluster.Dial, vip+":6379", 0, d.clients); err != nil {
 		return err
 	}
 	// An interrupt ends what waits for a reply.
@@ -230,6 +234,47 @@ func (d *demo) wake(context.Context) error {
 	d.load.Round(replyIn)
 	d.say("and once more, all at once")
 	fmt.Fprintf(d.out, "\nwake-up time, from the command to its reply, server start included: %.1f ms\n", ms(took))
+	return nil
+}
+
+// move takes the server to the other node while all clients speak.
+func (d *demo) move(ctx context.Context) error {
+	fmt.Fprintf(d.out, "\nsecond act: the server moves to the other node\n\n")
+	d.say("every client sends one command after the other, without a pause ...")
+	talk := startTalk(d.load)
+	defer talk.stop()
+	if err := talk.until(ctx, d.clients); err != nil {
+		return err
+	}
+	d.say("ckptctl migrate %s --to node-b ...", app)
+	start := time.Now()
+	m, err := d.cluster.Migrate(app, 0, 1)
+	if err != nil {
+		return err
+	}
+	took := time.Since(start)
+	for _, p := range m.Phases {
+		d.say("  %-12s %7.1f ms", p.Name, p.MS)
+	}
+	d.say("... done in %.0f ms; the clients speak on", ms(took))
+	if err := talk.until(ctx, d.clients); err != nil {
+		return err
+	}
+	talk.stop()
+	pids := make([][]int, 2)
+	for i, n := range d.cluster.Nodes {
+		if pids[i], err = n.Processes(comm); err != nil {
+			return err
+		}
+	}
+	d.say("%s on node-a: %v, on node-b: %v", comm, pids[0], pids[1])
+	if len(pids[0]) > 0 || len(pids[1]) == 0 {
+		return errors.New("the server was to be on node-b alone")
+	}
+	d.node = d.cluster.Nodes[1]
+	commands, slowest := talk.sum()
+	d.say("%d commands meanwhile, every reply was right; the slowest took %.0f ms", commands, ms(slowest))
+	fmt.Fprintln(d.out)
 	return nil
 }
 

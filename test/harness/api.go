@@ -15,8 +15,17 @@ import (
 // its Unix socket, and decodes the answer into out when that is not nil. It is
 // quicker than a command: times taken with it are good to a millisecond.
 func (n *Node) FilterAPI(timeout time.Duration, method string, in, out any) error {
+	return n.api("control.sock", "Filter", timeout, method, in, out)
+}
+
+// AgentAPI calls one method of the agent's; see FilterAPI.
+func (n *Node) AgentAPI(timeout time.Duration, method string, in, out any) error {
+	return n.api("agent.sock", "Agent", timeout, method, in, out)
+}
+
+func (n *Node) api(socket, service string, timeout time.Duration, method string, in, out any) error {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", n.Path("control.sock"))
+		return new(net.Dialer).DialContext(ctx, "unix", n.Path(socket))
 	}
 	tr := &http.Transport{DialContext: dial, DisableKeepAlives: true}
 	defer tr.CloseIdleConnections()
@@ -26,7 +35,7 @@ func (n *Node) FilterAPI(timeout time.Duration, method string, in, out any) erro
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://filter/nfconnfilter.v1.Filter/"+method, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://node/nfconnfilter.v1."+service+"/"+method, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
