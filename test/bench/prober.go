@@ -45,14 +45,9 @@ type probed struct {
 	theirs        seqnum.Value // RCV.NXT
 	ts, open      bool
 	tsRecent      uint32
-	waiting       []probe // unanswered, oldest first
+	waiting       []time.Time // when unanswered probes were sent, oldest first
 	longest       time.Duration
 	answers       int
-}
-
-type probe struct {
-	at time.Time
-	ts uint32
 }
 
 // unlimited has the kernel of a node answer every segment outside of a window; it
@@ -206,7 +201,7 @@ func (p *prober) round() error {
 	defer p.mu.Unlock()
 	for _, c := range p.conns {
 		at := time.Now()
-		c.waiting = append(c.waiting, probe{at: at, ts: p.clock(at)})
+		c.waiting = append(c.waiting, at)
 		if err := p.send(c, at, packet.Spec{Seq: c.next.Add(^uint32(0)), Ack: c.theirs, Flags: packet.ACK}); err != nil {
 			return err
 		}
@@ -277,8 +272,10 @@ func (p *prober) take(s *packet.Segment, at time.Time) error {
 		return fmt.Errorf("prober: %v got flags %#x that acknowledge %d instead of %d", c.local, s.Flags, s.Ack, c.next)
 	}
 	c.answers++
-	for len(c.waiting) > 0 && (!c.ts || int32(s.Opt.TSEcr-c.waiting[0].ts) >= 0) {
-		c.longest = max(c.longest, at.Sub(c.waiting[0].at))
+	// All that went out before. The timestamp echoed is not a probe's: what lies
+	// outside of the window does not count as the remote's clock (RFC 7323 section 4.3).
+	for len(c.waiting) > 0 && !at.Before(c.waiting[0]) {
+		c.longest = max(c.longest, at.Sub(c.waiting[0]))
 		c.waiting = c.waiting[1:]
 	}
 	return nil
@@ -317,7 +314,7 @@ func (p *prober) look(since time.Time) (worst time.Duration, err error, settled 
 	settled = time.Since(since) > 2*probeEvery // probes went out meanwhile
 	for _, c := range p.conns {
 		worst = max(worst, c.longest)
-		settled = settled && c.answers > 0 && (len(c.waiting) == 0 || c.waiting[0].at.After(since))
+		settled = settled && c.answers > 0 && (len(c.waiting) == 0 || c.waiting[0].After(since))
 	}
 	return worst, p.err, settled
 }
