@@ -12,8 +12,10 @@ import (
 )
 
 const (
-	pacePollFirst = 500 * time.Microsecond
-	pacePollMost  = 2 * time.Millisecond
+	// The wait between two glances: a part of what the handshakes under way take.
+	paceEach  = 20 * time.Microsecond
+	paceLeast = 500 * time.Microsecond
+	paceMost  = 5 * time.Millisecond
 	// handshakeRetry is after how long a handshake counts as lost: the queue
 	// of the listener was full after all.
 	handshakeRetry = 200 * time.Millisecond
@@ -30,6 +32,7 @@ type pacer struct {
 	counted map[string]bool
 	looked  time.Time // when every connection was looked at
 	untried int       // of left, at the last pick
+	pending int       // handshakes that were not done at the last glance
 }
 
 // comeback is one connection that has to be re-established.
@@ -142,9 +145,16 @@ func (p *pacer) ports() []uint16 {
 const everyOne = -1
 
 // glanceWillDo tells whether a look at every connection can wait: there are
-// some that were never tried, and the last such look is not old.
+// some that were never tried or whose handshake is under way, and the last such
+// look is not old.
 func (p *pacer) glanceWillDo() bool {
-	return p.untried > 0 && p.now().Sub(p.looked) < handshakeRetry
+	return (p.untried > 0 || p.pending > 0) && p.now().Sub(p.looked) < handshakeRetry
+}
+
+// wait is how long not to look: asking all the time would take the processor
+// from what is waited for.
+func (p *pacer) wait() time.Duration {
+	return min(max(time.Duration(p.pending)*paceEach, paceLeast), paceMost)
 }
 
 // next picks what has room in the listeners' queues and counts it as started.
@@ -164,6 +174,7 @@ func (p *pacer) next(ls []sockdiag.Socket, underWay int) []*pb.ConnID {
 	}
 	var batch []*pb.ConnID
 	p.untried = 0
+	defer func() { p.pending = max(underWay, 0) + len(batch) }()
 	for _, name := range p.order {
 		e := p.left[name]
 		if e.active || e.tried > 0 && (underWay != everyOne || now.Sub(e.started) < handshakeRetry) {

@@ -285,7 +285,7 @@ func (r *restoreRun) reconnect() error {
 	ctx, cancel := context.WithTimeoutCause(r.op.ctx, ready, late)
 	defer cancel()
 	p := newPacer(time.Now)
-	err := poll(ctx, pacePollFirst, pacePollMost, func() (bool, error) { return r.pace(p) })
+	err := r.paceAll(ctx, p)
 	if !errors.Is(err, late) {
 		return err
 	}
@@ -293,6 +293,20 @@ func (r *restoreRun) reconnect() error {
 	return control.Error(connect.CodeFailedPrecondition, r.app.Name, "",
 		fmt.Sprintf("%d connections were not re-established within ready_timeout (%s): %s",
 			len(missing), ready, named(missing)), missing...)
+}
+
+func (r *restoreRun) paceAll(ctx context.Context, p *pacer) error {
+	for {
+		began := time.Now()
+		if done, err := r.pace(p); done || err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(max(p.wait(), time.Since(began))):
+		}
+	}
 }
 
 // pace takes one look and starts what has room; true when nothing is left.
@@ -307,7 +321,13 @@ func (r *restoreRun) pace(p *pacer) (bool, error) {
 		if st.State != control.StateRestoreStart {
 			return false, fmt.Errorf("the application is in state %q now", st.State)
 		}
-		return false, r.startSome(p, int(st.Connections[control.ConnRestoring]))
+		underWay := int(st.Connections[control.ConnRestoring])
+		if p.untried > 0 {
+			return false, r.startSome(p, underWay)
+		}
+		if p.pending = underWay; underWay > 0 {
+			return false, nil
+		}
 	}
 	// The filter first: a handshake that it calls done shows as a socket then.
 	info, err := r.a.connInfo(r.op.ctx, r.app.Name)
