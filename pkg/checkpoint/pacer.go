@@ -19,6 +19,9 @@ const (
 	// handshakeRetry is after how long a handshake counts as lost: the queue
 	// of the listener was full after all.
 	handshakeRetry = 200 * time.Millisecond
+	// lookEvery is how long every connection is not looked at while handshakes
+	// go on: for the retry of a lost one, and the count that operators see.
+	lookEvery = time.Second
 )
 
 // pacer decides which connections are re-established next. A listener whose
@@ -31,6 +34,7 @@ type pacer struct {
 	done    int
 	counted map[string]bool
 	looked  time.Time // when every connection was looked at
+	moved   time.Time // when the handshakes were last seen to go on
 	untried int       // of left, at the last pick
 	pending int       // handshakes that were not done at the last glance
 }
@@ -145,10 +149,19 @@ func (p *pacer) ports() []uint16 {
 const everyOne = -1
 
 // glanceWillDo tells whether a look at every connection can wait: there are
-// some that were never tried or whose handshake is under way, and the last such
-// look is not old.
+// some that were never tried or whose handshake is under way, they go on, and
+// the last such look is not old.
 func (p *pacer) glanceWillDo() bool {
-	return (p.untried > 0 || p.pending > 0) && p.now().Sub(p.looked) < handshakeRetry
+	now := p.now()
+	return (p.untried > 0 || p.pending > 0) && now.Sub(p.moved) < handshakeRetry && now.Sub(p.looked) < lookEvery
+}
+
+// glanced takes the number of handshakes that are not done.
+func (p *pacer) glanced(underWay int) {
+	if underWay < p.pending {
+		p.moved = p.now()
+	}
+	p.pending = underWay
 }
 
 // wait is how long not to look: asking all the time would take the processor
@@ -165,16 +178,20 @@ func (p *pacer) next(ls []sockdiag.Socket, underWay int) []*pb.ConnID {
 	room := map[netip.AddrPort]int{}
 	inFlight := map[netip.AddrPort]int{}
 	if underWay == everyOne {
-		p.looked = now
+		p.looked, p.moved = now, now
 		for _, e := range p.left {
 			if !e.active && e.tried > 0 && now.Sub(e.started) < handshakeRetry {
 				inFlight[e.local]++
 			}
 		}
+		p.pending = 0
+		for _, n := range inFlight {
+			p.pending += n
+		}
 	}
 	var batch []*pb.ConnID
 	p.untried = 0
-	defer func() { p.pending = max(underWay, 0) + len(batch) }()
+	defer func() { p.pending += len(batch) }()
 	for _, name := range p.order {
 		e := p.left[name]
 		if e.active || e.tried > 0 && (underWay != everyOne || now.Sub(e.started) < handshakeRetry) {

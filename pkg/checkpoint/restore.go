@@ -322,10 +322,10 @@ func (r *restoreRun) pace(p *pacer) (bool, error) {
 			return false, fmt.Errorf("the application is in state %q now", st.State)
 		}
 		underWay := int(st.Connections[control.ConnRestoring])
-		if p.untried > 0 {
+		if p.glanced(underWay); p.untried > 0 {
 			return false, r.startSome(p, underWay)
 		}
-		if p.pending = underWay; underWay > 0 {
+		if underWay > 0 {
 			return false, nil
 		}
 	}
