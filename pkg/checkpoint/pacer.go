@@ -15,7 +15,7 @@ const (
 	// The wait between two glances: a part of what the handshakes under way take.
 	paceEach  = 20 * time.Microsecond
 	paceLeast = 500 * time.Microsecond
-	paceMost  = 5 * time.Millisecond
+	paceMost  = 3 * time.Millisecond
 	// handshakeRetry is after how long a handshake counts as lost: the queue
 	// of the listener was full after all.
 	handshakeRetry = 200 * time.Millisecond
@@ -163,6 +163,9 @@ func (p *pacer) glanced(underWay int) {
 	}
 	p.pending = underWay
 }
+
+// idle tells that no handshake is under way or waits for room.
+func (p *pacer) idle() bool { return p.pending == 0 && p.untried == 0 }
 
 // wait is how long not to look: asking all the time would take the processor
 // from what is waited for.
