@@ -90,7 +90,7 @@ func (a *agent) yield(ctx context.Context, m *pb.AgentYieldRequest) (*pb.AgentRe
 // the taker asked for them: until it has them nobody answers the clients.
 func (a *agent) leave(app *config.App) error {
 	if s, err := a.openSockets(app.Process.Namespace); err == nil { // a namespace that is gone has none
-		err = a.destroyOld(s, app, nil)
+		_, err = a.destroyOld(s, app, nil)
 		s.Close()
 		if err != nil {
 			return err
