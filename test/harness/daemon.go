@@ -68,6 +68,10 @@ func (n *Node) start(name string, env []string, args ...string) (*Daemon, error)
 	defer f.Close()
 	d := &Daemon{Name: name + " " + args[0], log: log, done: make(chan struct{})}
 	d.cmd = n.Net.Node().Command(n.Program(name), args...)
+	if n.View != "" && args[0] == "agent" {
+		d.cmd = n.Net.Node().Command("unshare", append([]string{"--mount", "--propagation", "private",
+			"sh", "-ec", n.View + "\nexec \"$0\" \"$@\"", n.Program(name)}, args...)...)
+	}
 	d.cmd.Stdout, d.cmd.Stderr = f, f
 	d.cmd.Env = append(os.Environ(), env...)
 	// A Ctrl-C on the terminal is for the caller, which ends its daemons in order.

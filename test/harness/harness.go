@@ -53,6 +53,10 @@ type Node struct {
 	Filter *Daemon
 	Agent  *Daemon
 
+	// View are shell commands that the next agent runs before it begins, in a
+	// mount namespace of its own: it sees directories as no other daemon does.
+	View string
+
 	name   string // as cluster.toml has it
 	root   string // holds shared/ and app/; Dir unless several nodes share them
 	o      Options
