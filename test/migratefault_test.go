@@ -167,68 +167,6 @@ func damaged(t *testing.T, c *harness.Cluster, store string) {
 	must(t, a.Ctl("restore", "redis").Err())
 }
 
-// gatedRedis is Redis that waits, on the node whose address is in a file's name,
-// until that file is gone.
-func gatedRedis() harness.App {
-	app := harness.Redis("redis", vip)
-	app.Start = append([]string{"sh", "-c", `me=$(ip -4 -o address show dev eth0 | awk 'NR == 1 { print $4 }' | cut -d/ -f1)
-while [ -e "$0/closed-$me" ]; do sleep 0.02; done
-exec "$@"`, "@app"}, app.Start...)
-	app.Process += "ready_timeout = \"60s\"\n"
-	return app
-}
-
-// TestMigrateAborted aborts a migration while the application starts on the new
-// node: by either agent, by Ctrl-C and by --timeout. All of it is given back.
-func TestMigrateAborted(t *testing.T) {
-	c, load := clusterUp(t, harness.ClusterOptions{Name: "abort", Apps: []harness.App{gatedRedis()}}, 30)
-	unnoticed := watchCluster(t, c, vip)
-	a, b := c.Nodes[0], c.Nodes[1]
-	gate := c.Path("app", fmt.Sprintf("closed-%s", b.Net.NodeAddr()))
-	for _, by := range []string{"old", "new", "signal", "timeout"} {
-		must(t, os.WriteFile(gate, nil, 0o644))
-		talk, stop := talk(t, load, 20*time.Millisecond)
-		everybody(t, talk, 1)
-		args := []string{"--node", a.Path("node.toml"), "migrate", "redis", "--to", "node-b"}
-		if by == "timeout" {
-			args = append(args, "--timeout", "2s")
-		}
-		var stderr bytes.Buffer
-		cmd := a.Net.Node().Command(a.Program("ckptctl"), args...)
-		cmd.Stderr = &stderr
-		must(t, cmd.Start())
-		must(t, inPhase(b, "restore", "listen"))
-		code := 1
-		switch by {
-		case "old":
-			must(t, a.Ctl("abort", "redis").Err())
-		case "new":
-			must(t, b.Ctl("abort", "redis").Err())
-		case "signal":
-			pid := signalTarget(t, a.Program("ckptctl"), cmd.Process.Pid)
-			must(t, syscall.Kill(pid, syscall.SIGINT))
-		case "timeout":
-			code = 4
-		}
-		_ = cmd.Wait()
-		if got := cmd.ProcessState.ExitCode(); got != code {
-			t.Errorf("aborted by %s: exit %d, want %d: %s", by, got, code, stderr.String())
-		}
-		if node, err := c.Settled("redis", vip, 20*time.Second); err != nil || node != 0 {
-			t.Fatalf("aborted by %s: it runs on node %d, %v: %s", by, node, err, stderr.String())
-		}
-		everybody(t, talk, 2)
-		must(t, stop())
-		noRecords(t, c)
-		t.Logf("aborted by %s: %s", by, strings.TrimSpace(stderr.String()))
-		must(t, os.Remove(gate))
-	}
-	_, err := c.Migrate("redis", 0, 1)
-	must(t, err)
-	rounds(t, load, 1)
-	unnoticed(9)
-}
-
 // signalTarget is the process of program that runs as pid, or below it.
 func signalTarget(t *testing.T, program string, pid int) int {
 	t.Helper()
