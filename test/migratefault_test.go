@@ -182,7 +182,7 @@ exec "$@"`, "@app"}, app.Start...)
 // node: by either agent, by Ctrl-C and by --timeout. All of it is given back.
 func TestMigrateAborted(t *testing.T) {
 	c, load := clusterUp(t, harness.ClusterOptions{Name: "abort", Apps: []harness.App{gatedRedis()}}, 30)
-	unnoticed := watchCluster(t, c, vip)
+	unnoticed := watchMoves(t, c, vip)
 	a, b := c.Nodes[0], c.Nodes[1]
 	gate := c.Path("app", fmt.Sprintf("closed-%s", b.Net.NodeAddr()))
 	for _, by := range []string{"old", "new", "signal", "timeout"} {
@@ -226,7 +226,7 @@ func TestMigrateAborted(t *testing.T) {
 	_, err := c.Migrate("redis", 0, 1)
 	must(t, err)
 	rounds(t, load, 1)
-	unnoticed(9)
+	unnoticed(1, 9)
 }
 
 // signalTarget is the process of program that runs as pid, or below it.
