@@ -252,6 +252,7 @@ func (a *agent) hasVIPs(app *config.App) bool {
 // rollBackForeign ends what was started, and gives the connections back; held
 // tells that they are held here and stay.
 func (r *restoreRun) rollBackForeign(cause error) (held bool, failure error) {
+	cause = r.op.why(cause)
 	r.op.enter("undo")
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.op.ctx), 2*cleanupTimeout)
 	defer cancel()

@@ -177,14 +177,19 @@ func (r *migrateRun) check() ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := r.a.store.writable(r.app.Name); err != nil {
+		return nil, err
+	}
+	unmark, err := r.a.store.mark(r.app.Name, r.a.config().Node.Name)
+	if err != nil {
+		return nil, err
+	}
+	defer unmark()
 	req := &pb.AgentPrepareRequest{App: r.app.Name, FromNode: r.a.config().Node.Name, SnapshotId: r.id,
 		LinkAddresses: r.a.addrs.links(iface), ConfigDigest: configDigest(r.app, &r.a.config().Cluster)}
 	reply, err := r.target.Prepare(ctx, connect.NewRequest(req))
 	if err != nil {
 		return nil, peerError(err, r.app.Name, r.to)
-	}
-	if err := r.a.store.writable(r.app.Name); err != nil {
-		return nil, err
 	}
 	return append(reply.Msg.Checks, "the agent of "+r.to+" can be reached and would take it"), nil
 }

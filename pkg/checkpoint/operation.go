@@ -104,6 +104,15 @@ func (o *operation) hold(name string) {
 	})
 }
 
+// why replaces an error by the reason for which the operation was ended, where
+// it is nothing but its consequence.
+func (o *operation) why(err error) error {
+	if o.ctx.Err() != nil && (errors.Is(err, context.Canceled) || connect.CodeOf(err) == connect.CodeCanceled) {
+		return context.Cause(o.ctx)
+	}
+	return err
+}
+
 // note sets what a terminal shows beside the phase.
 func (o *operation) note(format string, args ...any) {
 	o.mu.Lock()

@@ -108,6 +108,12 @@ func (a *agent) fit(ctx context.Context, app *config.App, from suitor) (st *pb.A
 	if err := a.store.writable(app.Name); err != nil {
 		return cannot(err)
 	}
+	if from.digest != "" { // it waits for the answer, and has left its mark
+		if err := a.store.shares(ctx, app.Name, from.node); err != nil {
+			return cannot(err)
+		}
+		checks = append(checks, "the snapshot store is the one of "+from.node)
+	}
 	if from.id != "" {
 		if err := a.store.await(ctx, app.Name, from.id); err != nil {
 			return cannot(err)

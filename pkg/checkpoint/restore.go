@@ -145,6 +145,7 @@ func (r *restoreRun) refusedToOpen(err error) bool {
 
 // rollBack ends what was started; the clients stay held.
 func (r *restoreRun) rollBack(cause error) error {
+	cause = r.op.why(cause)
 	r.op.enter("undo")
 	ctx, cancel := r.op.cleanup()
 	defer cancel()

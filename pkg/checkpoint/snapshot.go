@@ -126,6 +126,7 @@ func (r *snapshotRun) run() (*pb.AgentSnapshotReply, error) {
 
 // rollBack lets the application run on.
 func (r *snapshotRun) rollBack(cause error) error {
+	cause = r.op.why(cause)
 	r.op.enter("undo")
 	if r.pending != nil {
 		r.pending.discard()

@@ -306,10 +306,56 @@ func (s store) await(ctx context.Context, app, id string) error {
 		}
 		return true, last
 	})
+	if errors.Is(last, os.ErrNotExist) {
+		last = fmt.Errorf("%w; see that all nodes have the same directory there", last)
+	}
 	if last != nil {
 		return last
 	}
 	return err
+}
+
+// markName is a file that the node which has an application shows to the one
+// that is to take it. It counts as left by an interrupted snapshot.
+func markName(app, node string) string { return filepath.Join(app, tempName(node, "shared")) }
+
+// mark puts it there.
+func (s store) mark(app, node string) (unmark func(), err error) {
+	dir, err := s.open()
+	if err == nil {
+		defer dir.Close()
+		err = writeAtomic(dir, markName(app, node), nil, 0o600)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("snapshot store %s: %w", s.dir, err)
+	}
+	return func() {
+		if dir, err := s.open(); err == nil {
+			_ = dir.Remove(markName(app, node)) // what stays goes with the next snapshot
+			dir.Close()
+		}
+	}, nil
+}
+
+// shares tells whether another node's mark is seen here; it may become visible
+// late.
+func (s store) shares(ctx context.Context, app, node string) error {
+	ctx, cancel := context.WithTimeout(ctx, appears)
+	defer cancel()
+	var last error
+	_ = poll(ctx, pollFirst, pollMost, func() (bool, error) {
+		dir, err := s.open()
+		if err == nil {
+			_, err = dir.Lstat(markName(app, node))
+			dir.Close()
+		}
+		last = err
+		return !errors.Is(err, os.ErrNotExist), nil
+	})
+	if errors.Is(last, os.ErrNotExist) {
+		return fmt.Errorf("snapshot store %s: what node %s has just written there is not seen here; see that all nodes have the same directory there", s.dir, node)
+	}
+	return last
 }
 
 // prune removes all but the newest keep snapshots of an application, those that
