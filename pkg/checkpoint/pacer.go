@@ -17,6 +17,9 @@ const (
 	// handshakeRetry is after how long a handshake counts as lost: the queue
 	// of the listener was full after all.
 	handshakeRetry = 200 * time.Millisecond
+	// lookEvery is how long every connection is not looked at while handshakes
+	// go on: it is the retry of a lost one, and the count that operators see.
+	lookEvery = time.Second
 )
 
 // pacer decides which connections are re-established next. A listener whose
@@ -29,6 +32,8 @@ type pacer struct {
 	done    int
 	counted map[string]bool
 	looked  time.Time // when every connection was looked at
+	moved   time.Time // when the handshakes were last seen to go on
+	flying  int       // of them, at the last look or glance
 	untried int       // of left, at the last pick
 }
 
@@ -141,10 +146,11 @@ func (p *pacer) ports() []uint16 {
 // connection was just looked at.
 const everyOne = -1
 
-// glanceWillDo tells whether a look at every connection can wait: there are
-// some that were never tried, and the last such look is not old.
+// glanceWillDo tells whether a look at every connection can wait: handshakes go
+// on or have room to, and the last such look is not old.
 func (p *pacer) glanceWillDo() bool {
-	return p.untried > 0 && p.now().Sub(p.looked) < handshakeRetry
+	now := p.now()
+	return (p.untried > 0 || p.flying > 0) && now.Sub(p.moved) < handshakeRetry && now.Sub(p.looked) < lookEvery
 }
 
 // next picks what has room in the listeners' queues and counts it as started.
@@ -154,11 +160,16 @@ func (p *pacer) next(ls []sockdiag.Socket, underWay int) []*pb.ConnID {
 	now := p.now()
 	room := map[netip.AddrPort]int{}
 	inFlight := map[netip.AddrPort]int{}
+	if underWay < p.flying || underWay == 0 {
+		p.moved = now
+	}
+	p.flying = underWay
 	if underWay == everyOne {
-		p.looked = now
+		p.looked, p.moved, p.flying = now, now, 0
 		for _, e := range p.left {
 			if !e.active && e.tried > 0 && now.Sub(e.started) < handshakeRetry {
 				inFlight[e.local]++
+				p.flying++
 			}
 		}
 	}
@@ -187,6 +198,7 @@ func (p *pacer) next(ls []sockdiag.Socket, underWay int) []*pb.ConnID {
 		e.started = now
 		batch = append(batch, e.id)
 	}
+	p.flying += len(batch)
 	return batch
 }
 

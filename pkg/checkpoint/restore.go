@@ -285,7 +285,7 @@ func (r *restoreRun) reconnect() error {
 	ctx, cancel := context.WithTimeoutCause(r.op.ctx, ready, late)
 	defer cancel()
 	p := newPacer(time.Now)
-	err := poll(ctx, pacePollFirst, pacePollMost, func() (bool, error) { return r.pace(p) })
+	err := pollBusy(ctx, pacePollFirst, pacePollMost, func() (bool, bool, error) { return r.pace(p) })
 	if !errors.Is(err, late) {
 		return err
 	}
@@ -295,43 +295,45 @@ func (r *restoreRun) reconnect() error {
 			len(missing), ready, named(missing)), missing...)
 }
 
-// pace takes one look and starts what has room; true when nothing is left.
-// Looking at every connection takes long where there are thousands: while some
-// wait for their first handshake the number under way is enough.
-func (r *restoreRun) pace(p *pacer) (bool, error) {
+// pace takes one look and starts what has room; done when nothing is left, busy
+// when something was started. Looking at every connection takes long where there
+// are thousands: while handshakes go on the number under way is enough.
+func (r *restoreRun) pace(p *pacer) (done, busy bool, err error) {
 	if p.glanceWillDo() {
 		st, err := r.a.status(r.op.ctx, r.app.Name)
 		if err != nil {
-			return false, err
+			return false, false, err
 		}
 		if st.State != control.StateRestoreStart {
-			return false, fmt.Errorf("the application is in state %q now", st.State)
+			return false, false, fmt.Errorf("the application is in state %q now", st.State)
 		}
-		return false, r.startSome(p, int(st.Connections[control.ConnRestoring]))
+		busy, err = r.startSome(p, int(st.Connections[control.ConnRestoring]))
+		return false, busy, err
 	}
 	// The filter first: a handshake that it calls done shows as a socket then.
 	info, err := r.a.connInfo(r.op.ctx, r.app.Name)
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
 	socks, err := r.socks.List(sockdiag.Query{Local: r.app.VIPs})
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
 	p.observe(info.Conns, socks)
 	for _, k := range p.stale(socks) {
 		if err := r.socks.Destroy(k); err != nil {
-			return false, fmt.Errorf("old socket %s: %w", k, err)
+			return false, false, fmt.Errorf("old socket %s: %w", k, err)
 		}
 	}
 	r.op.note("%d of %d connections re-established", p.done, p.done+len(p.left))
 	if len(p.left) == 0 || r.lonely(p) {
-		return true, nil
+		return true, false, nil
 	}
 	if !r.proc.alive() {
-		return false, fmt.Errorf("%s ended while connections came back; its output is in %s", r.proc.describe(), r.a.launch.logPath(r.app))
+		return false, false, fmt.Errorf("%s ended while connections came back; its output is in %s", r.proc.describe(), r.a.launch.logPath(r.app))
 	}
-	return false, r.startSome(p, everyOne)
+	busy, err = r.startSome(p, everyOne)
+	return false, busy, err
 }
 
 // activeWait is how long the restored application has to open the connections
@@ -357,17 +359,17 @@ func (r *restoreRun) lonely(p *pacer) bool {
 }
 
 // startSome starts the handshakes that have room, with underWay that were
-// started and are not done.
-func (r *restoreRun) startSome(p *pacer, underWay int) error {
+// started and are not done. An empty batch starts none.
+func (r *restoreRun) startSome(p *pacer, underWay int) (started bool, err error) {
 	ls, err := r.socks.Listeners(r.app.VIPs, p.ports())
 	if err != nil {
-		return err
+		return false, err
 	}
 	batch := p.next(ls, underWay)
 	if len(batch) == 0 {
-		return nil
+		return false, nil
 	}
-	return r.restoreConn(batch, control.KindSyn)
+	return true, r.restoreConn(batch, control.KindSyn)
 }
 
 // open lets all traffic through again. It is not taken back: what was done is

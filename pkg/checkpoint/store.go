@@ -252,46 +252,55 @@ func (s store) readManifest(app, id string) (*Manifest, error) {
 
 // load reads a snapshot and checks every file against its manifest.
 func (s store) load(app, id string) (*Manifest, *nfconnfilterv1.ConnInfoReply, error) {
+	m, b, err := s.check(app, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	var conns nfconnfilterv1.ConnInfoReply
+	if err := protojson.Unmarshal(b, &conns); err != nil {
+		return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: %s: %w", id, app, filepath.Join(s.dir, app, id, connectionsFile), err)
+	}
+	return m, &conns, nil
+}
+
+// check is load without a look into what the checksums cover; it returns the
+// file of the connections.
+func (s store) check(app, id string) (m *Manifest, conns []byte, err error) {
 	if !validSnapshotID(id) {
 		return nil, nil, fmt.Errorf("%q is not a snapshot ID", id)
 	}
-	m, err := s.readManifest(app, id)
-	if err != nil {
+	if m, err = s.readManifest(app, id); err != nil {
 		return nil, nil, err
 	}
 	if _, ok := m.Files[connectionsFile]; !ok {
 		return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: its manifest does not name %s", id, app, connectionsFile)
 	}
-	var conns nfconnfilterv1.ConnInfoReply
 	for name, want := range m.Files {
 		if name != filepath.Base(name) || name == ".." || name == "." {
 			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: its manifest names %q", id, app, name)
 		}
-		path := filepath.Join(s.dir, app, id, name)
 		b, err := s.read(app, id, name)
 		if err != nil {
 			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: %w", id, app, err)
 		}
 		if sum := sha256.Sum256(b); hex.EncodeToString(sum[:]) != want {
-			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: %s does not have the checksum of the manifest", id, app, path)
+			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: %s does not have the checksum of the manifest", id, app, filepath.Join(s.dir, app, id, name))
 		}
 		if name == connectionsFile {
-			if err := protojson.Unmarshal(b, &conns); err != nil {
-				return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: %s: %w", id, app, path, err)
-			}
+			conns = b
 		}
 	}
-	return m, &conns, nil
+	return m, conns, nil
 }
 
-// await is load of a snapshot that another node has stored: its name may become
-// visible late.
+// await is check of a snapshot that another node has stored: its name may become
+// visible late. The clients are held meanwhile.
 func (s store) await(ctx context.Context, app, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, appears)
 	defer cancel()
 	var last error
 	err := poll(ctx, pollFirst, pollMost, func() (bool, error) {
-		_, _, last = s.load(app, id)
+		_, _, last = s.check(app, id)
 		if errors.Is(last, os.ErrNotExist) {
 			return false, nil
 		}
