@@ -60,6 +60,7 @@ type sockets interface {
 	List(sockdiag.Query) ([]sockdiag.Socket, error)
 	Listeners(addrs []netip.Addr, ports []uint16) ([]sockdiag.Socket, error)
 	Destroy(sockdiag.Socket) error
+	DestroySockets([]sockdiag.Socket) (int, error)
 	Close() error
 }
 

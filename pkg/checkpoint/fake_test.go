@@ -283,6 +283,15 @@ func (w *world) Listeners([]netip.Addr, []uint16) ([]sockdiag.Socket, error) {
 	return []sockdiag.Socket{{Local: netip.AddrPortFrom(netip.IPv4Unspecified(), 6379), State: sockdiag.Listen, SendQ: w.backlog, RecvQ: w.queue}}, nil
 }
 
+func (w *world) DestroySockets(all []sockdiag.Socket) (int, error) {
+	for i, k := range all {
+		if err := w.Destroy(k); err != nil {
+			return i, err
+		}
+	}
+	return len(all), nil
+}
+
 func (w *world) Destroy(k sockdiag.Socket) error {
 	if err := w.do("destroy"); err != nil {
 		return err

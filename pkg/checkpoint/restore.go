@@ -237,15 +237,13 @@ func (a *agent) destroyOld(socks sockets, app *config.App, held map[string]bool)
 	if err != nil {
 		return err
 	}
-	for _, k := range old {
+	old = slices.DeleteFunc(old, func(k sockdiag.Socket) bool {
 		port := uint32(k.Local.Port())
 		ours := (len(include) == 0 || slices.Contains(include, port)) && !slices.Contains(exclude, port)
-		if !ours && !held[pairName(k.Local.String(), k.Remote.String())] {
-			continue
-		}
-		if err := socks.Destroy(k); err != nil {
-			return fmt.Errorf("old socket %s: %w", k, err)
-		}
+		return !ours && (len(held) == 0 || !held[pairName(k.Local.String(), k.Remote.String())])
+	})
+	if _, err := socks.DestroySockets(old); err != nil {
+		return fmt.Errorf("old sockets: %w", err)
 	}
 	return nil
 }
