@@ -334,7 +334,7 @@ func (a *agent) handBack(ctx context.Context, app *config.App, old nfconnfilterv
 		return err
 	}
 	if s, err := a.openSockets(app.Process.Namespace); err == nil {
-		err = a.destroyOld(s, app, nil)
+		_, err = a.destroyOld(s, app, nil)
 		s.Close()
 		if err != nil {
 			return err

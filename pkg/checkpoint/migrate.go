@@ -247,6 +247,7 @@ type moved struct {
 func (r *migrateRun) handOver() (*pb.AgentReply, error) {
 	r.op.enter("hand over")
 	r.op.note("to %s", r.to)
+	r.clearOld()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(r.op.ctx))
 	defer cancel()
 	answered := make(chan moved, 1)
@@ -259,7 +260,6 @@ func (r *migrateRun) handOver() (*pb.AgentReply, error) {
 		}
 		answered <- moved{reply: reply.Msg}
 	})
-	r.clearOld()
 	got := r.await(ctx, answered)
 	if got.err == nil {
 		return got.reply, nil
@@ -276,7 +276,7 @@ func (r *migrateRun) handOver() (*pb.AgentReply, error) {
 func (r *migrateRun) clearOld() {
 	s, err := r.a.openSockets(r.app.Process.Namespace)
 	if err == nil {
-		err = r.a.destroyOld(s, r.app, nil)
+		_, err = r.a.destroyOld(s, r.app, nil)
 		s.Close()
 	}
 	if err != nil {

@@ -33,9 +33,10 @@ type restoreRun struct {
 	oldAgent nfconnfilterv1connect.AgentClient
 	taken    bool // they were handed over before, and can go back there still
 
-	opening bool      // RESTORED was sent
-	lone    time.Time // since when the application is only waited for to open connections again
-	givenUp []string  // connections that it did not open
+	info    *pb.ConnInfoReply // the connections before the application started; nil where old sockets were in the way
+	opening bool              // RESTORED was sent
+	lone    time.Time         // since when the application is only waited for to open connections again
+	givenUp []string          // connections that it did not open
 }
 
 // restore brings an application back, and its connections with it.
@@ -222,20 +223,24 @@ func (r *restoreRun) clear() error {
 	for _, c := range info.Conns {
 		held[socketName(c)] = true
 	}
-	if err := r.a.destroyOld(r.socks, r.app, held); err != nil {
+	n, err := r.a.destroyOld(r.socks, r.app, held)
+	if err != nil {
 		return err
+	}
+	if n == 0 { // so none of them can be in the way
+		r.info = info
 	}
 	return r.activate(info)
 }
 
 // destroyOld removes the sockets of an application that does not run: those of
-// its ports, and held ones by name.
-func (a *agent) destroyOld(socks sockets, app *config.App, held map[string]bool) error {
+// its ports, and held ones by name; n is how many there were.
+func (a *agent) destroyOld(socks sockets, app *config.App, held map[string]bool) (n int, err error) {
 	f := a.config().Cluster.Filter
 	include, exclude := ports(app.IncludePorts, f.IncludePorts), ports(app.ExcludePorts, f.ExcludePorts)
 	old, err := socks.List(sockdiag.Query{Local: app.VIPs})
 	if err != nil {
-		return err
+		return 0, err
 	}
 	old = slices.DeleteFunc(old, func(k sockdiag.Socket) bool {
 		port := uint32(k.Local.Port())
@@ -243,9 +248,9 @@ func (a *agent) destroyOld(socks sockets, app *config.App, held map[string]bool)
 		return !ours && (len(held) == 0 || !held[pairName(k.Local.String(), k.Remote.String())])
 	})
 	if _, err := socks.DestroySockets(old); err != nil {
-		return fmt.Errorf("old sockets: %w", err)
+		return len(old), fmt.Errorf("old sockets: %w", err)
 	}
-	return nil
+	return len(old), nil
 }
 
 // activate marks connections that local had opened: the application opens them
@@ -270,8 +275,20 @@ func (r *restoreRun) restoreConn(ids []*pb.ConnID, kind string) error {
 }
 
 func (r *restoreRun) launch() (err error) {
+	asked := make(chan error, 1)
+	r.a.wg.Go(func() { asked <- r.askRemotes() })
 	r.proc, err = r.a.startProcess(r.op, r.app, r.socks)
-	return err
+	return errors.Join(err, <-asked)
+}
+
+// askRemotes has the filter ask the remotes of what was taken over whether they
+// live, as it does with the first RESTORECONN. The addresses are here: the answers
+// come while the application starts.
+func (r *restoreRun) askRemotes() error {
+	if r.old == "" || r.taken {
+		return nil // RESTORESTART did
+	}
+	return r.restoreConn(nil, control.KindActivate)
 }
 
 // reconnect brings the connections back by handshakes, no more at once than
@@ -283,6 +300,9 @@ func (r *restoreRun) reconnect() error {
 	ctx, cancel := context.WithTimeoutCause(r.op.ctx, ready, late)
 	defer cancel()
 	p := newPacer(time.Now)
+	if err := r.firstLook(p); err != nil {
+		return err
+	}
 	err := pollBusy(ctx, pacePollFirst, pacePollMost, func() (bool, bool, error) { return r.pace(p) })
 	if !errors.Is(err, late) {
 		return err
@@ -291,6 +311,22 @@ func (r *restoreRun) reconnect() error {
 	return control.Error(connect.CodeFailedPrecondition, r.app.Name, "",
 		fmt.Sprintf("%d connections were not re-established within ready_timeout (%s): %s",
 			len(missing), ready, named(missing)), missing...)
+}
+
+// firstLook starts the first handshakes by what was known before the application
+// started: another look at every connection would tell nothing new.
+func (r *restoreRun) firstLook(p *pacer) error {
+	info := r.info
+	r.info = nil
+	if info == nil {
+		return nil
+	}
+	p.observe(info.Conns, nil)
+	if len(p.left) == 0 {
+		return nil
+	}
+	_, err := r.startSome(p, everyOne)
+	return err
 }
 
 // pace takes one look and starts what has room; done when nothing is left, busy
@@ -367,7 +403,9 @@ func (r *restoreRun) startSome(p *pacer, underWay int) (started bool, err error)
 	if len(batch) == 0 {
 		return false, nil
 	}
-	return true, r.restoreConn(batch, control.KindSyn)
+	err = r.restoreConn(batch, control.KindSyn)
+	p.moved = p.now()
+	return true, err
 }
 
 // open lets all traffic through again. It is not taken back: what was done is

@@ -89,7 +89,7 @@ func (a *agent) yield(ctx context.Context, m *pb.AgentYieldRequest) (*pb.AgentRe
 // while the filter swallows all that they might still say.
 func (a *agent) yieldAddresses(app *config.App) error {
 	if s, err := a.openSockets(app.Process.Namespace); err == nil { // a namespace that is gone has none
-		err = a.destroyOld(s, app, nil)
+		_, err = a.destroyOld(s, app, nil)
 		s.Close()
 		if err != nil {
 			return err
