@@ -96,33 +96,38 @@ func (m *matrix) agent(t *testing.T, side int, operation, phase string) {
 // filter kills a filter while the agent of one side is in the phase.
 func (m *matrix) filter(t *testing.T, victim, watched int, operation, phase string) {
 	t.Helper()
-	nodes := []*harness.Node{m.c.Nodes[m.on], m.c.Nodes[1-m.on]}
+	nodes := m.nodes()
 	who := []string{"old filter", "new filter"}[victim]
-	m.run(t, who, operation+": "+phase, m.migrate, func() {
-		must(t, inPhase(nodes[watched], operation, phase))
-		nodes[victim].Filter.Kill()
-		must(t, nodes[victim].StartFilter())
+	m.inside(t, nodes[watched], operation, phase, who, m.migrate, nodes[victim].Filter.Kill, nodes[victim].StartFilter)
+}
+
+// nodes are the one that the application leaves and the one that it comes to.
+func (m *matrix) nodes() []*harness.Node {
+	return []*harness.Node{m.c.Nodes[m.on], m.c.Nodes[1-m.on]}
+}
+
+// inside kills a daemon while an agent is in a phase, which it does not leave
+// before, and starts the next one.
+func (m *matrix) inside(t *testing.T, watched *harness.Node, operation, phase, who string, f func() harness.Result, kill func(), start func() error) {
+	t.Helper()
+	must(t, watched.Hold(operation+"/"+phase))
+	m.run(t, who, operation+": "+phase, f, func() {
+		must(t, inPhase(watched, operation, phase))
+		kill()
+		must(t, watched.Hold())
+		must(t, start())
 	})
 }
 
-// inPhase waits until a node's agent is in a phase of an operation, or just behind it.
+// inPhase waits until a node's agent is in a phase of an operation, where
+// something keeps it.
 func inPhase(n *harness.Node, operation, phase string) error {
-	seen := map[string]bool{}
-	return harness.Watch(20*time.Second, fmt.Sprintf("the agent is in phase %s of %s", phase, operation), func() bool {
+	return harness.Wait(20*time.Second, fmt.Sprintf("the agent is in phase %s of %s", phase, operation), func() bool {
 		var p struct{ Operation, Phase string }
-		if err := n.AgentAPI(time.Second, "Progress", map[string]string{"app": "redis"}, &p); err != nil {
-			return false
-		}
-		if p.Operation == operation {
-			seen[p.Phase] = true
-		}
-		// A phase of less than a millisecond may be missed; the next one does then.
-		return seen[phase] || seen[nextPhase[phase]]
+		err := n.AgentAPI(time.Second, "Progress", map[string]string{"app": "redis"}, &p)
+		return err == nil && p.Operation == operation && p.Phase == phase
 	})
 }
-
-var nextPhase = map[string]string{"check": "announce", "freeze": "drain", "account": "prepare", "prepare": "seal", "kill": "store", "store": "hold", "hold": "hand over",
-	"addresses": "clear", "clear": "process", "process": "listen", "listen": "reconnect", "open": "release", "release": "-", "announce": "clear"}
 
 func (m *matrix) print(t *testing.T) {
 	t.Helper()
@@ -140,7 +145,7 @@ func (m *matrix) print(t *testing.T) {
 // a migration, while clients talk. It is completed or rolled back; exactly one
 // node speaks, and no connection is lost.
 func TestMigrateKill(t *testing.T) {
-	c, load := clusterUp(t, harness.ClusterOptions{Name: "kill"}, 60)
+	c, load := clusterUp(t, harness.ClusterOptions{Name: "kill", Holdpoint: true}, 60)
 	m := &matrix{c: c, load: load}
 	defer m.print(t)
 	for _, p := range []string{"look", "hand over", "addresses", "clear", "process", "listen", "reconnect", "open", "release"} {
@@ -164,22 +169,20 @@ func TestMigrateKill(t *testing.T) {
 // TestMigrateKillScheduler kills the scheduler in each phase of a move for load
 // that it has begun. The agents finish or undo it, the next scheduler goes on.
 func TestMigrateKillScheduler(t *testing.T) {
-	c, load := clusterUp(t, harness.ClusterOptions{Name: "killsched", Scheduler: true, LoadFiles: true,
+	c, load := clusterUp(t, harness.ClusterOptions{Name: "killsched", Scheduler: true, Holdpoint: true, LoadFiles: true,
 		Lines: "[balance]\nhigh = 0.8\nlow = 0.5\ncooldown = \"1s\"\n"}, 60)
 	m := &matrix{c: c, load: load}
 	defer m.print(t)
 	for _, p := range []string{"check", "freeze", "drain", "kill", "hand over"} {
 		from := c.Nodes[m.on]
-		m.run(t, "scheduler", "migrate: "+p, func() harness.Result {
+		m.inside(t, from, "migrate", p, "scheduler", func() harness.Result {
 			if err := from.SetLoad(0.9); err != nil {
 				return harness.Result{Code: -1, Stderr: err.Error()}
 			}
 			return harness.Result{}
 		}, func() {
-			must(t, inPhase(from, "migrate", p))
 			c.Scheduler.Kill()
 			must(t, from.SetLoad(0.1))
-			must(t, c.StartScheduler())
-		})
+		}, c.StartScheduler)
 	}
 }

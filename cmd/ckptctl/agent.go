@@ -55,6 +55,7 @@ it, after a snapshot or restore under way was undone or finished.`,
 			Logger:    slog.New(slog.NewTextHandler(c.err, nil)),
 			Reload:    reload,
 			Failpoint: os.Getenv("NFCONNFILTER_AGENT_FAILPOINT"),
+			Holdpoint: os.Getenv("NFCONNFILTER_AGENT_HOLDPOINT"),
 		})
 		if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 			return nil // asked to end, and ended

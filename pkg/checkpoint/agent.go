@@ -53,6 +53,9 @@ type Options struct {
 	// Failpoint, OPERATION/PHASE, kills the agent's process where that phase
 	// of the operation begins: for tests of what the next agent does.
 	Failpoint string
+	// Holdpoint is a file; while a line of it is OPERATION/PHASE, that phase does
+	// not go on: for tests of what happens just then. Empty: none.
+	Holdpoint string
 }
 
 // sockets is the part of sockdiag.Conn that the agent needs.

@@ -147,30 +147,16 @@ const (
 // returned). Between two looks it waits first, then half as long again each
 // time, up to most, but never shorter than a look took.
 func poll(ctx context.Context, first, most time.Duration, ready func() (bool, error)) error {
-	return pollBusy(ctx, first, most, func() (bool, bool, error) {
-		ok, err := ready()
-		return ok, false, err
-	})
-}
-
-// pollBusy is poll for what has more to do when it was busy: then it waits no
-// longer than first.
-func pollBusy(ctx context.Context, first, most time.Duration, ready func() (ok, busy bool, err error)) error {
 	t := time.NewTimer(0)
 	defer t.Stop()
 	<-t.C
-	wait := first
-	for {
+	for wait := first; ; wait = min(wait*3/2, most) {
 		began := time.Now()
-		ok, busy, err := ready()
+		ok, err := ready()
 		if err != nil || ok {
 			return err
 		}
-		pause := max(wait, time.Since(began))
-		if wait = min(wait*3/2, most); busy {
-			pause, wait = first, first
-		}
-		t.Reset(pause)
+		t.Reset(max(wait, time.Since(began)))
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)

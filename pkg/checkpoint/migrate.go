@@ -247,7 +247,6 @@ type moved struct {
 func (r *migrateRun) handOver() (*pb.AgentReply, error) {
 	r.op.enter("hand over")
 	r.op.note("to %s", r.to)
-	r.clearOld()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(r.op.ctx))
 	defer cancel()
 	answered := make(chan moved, 1)
@@ -268,20 +267,6 @@ func (r *migrateRun) handOver() (*pb.AgentReply, error) {
 		return nil, failed(opMigrate, r.app.Name, "", peerError(got.err, r.app.Name, r.to))
 	}
 	return r.outcome(got.err)
-}
-
-// clearOld removes the ended application's sockets while the filter here still
-// answers: once it is silent the taker would wait for that. What is left, or
-// comes back, goes when the addresses do.
-func (r *migrateRun) clearOld() {
-	s, err := r.a.openSockets(r.app.Process.Namespace)
-	if err == nil {
-		_, err = r.a.destroyOld(s, r.app, nil)
-		s.Close()
-	}
-	if err != nil {
-		r.a.log.Warn("old sockets are not removed yet", "app", r.app.Name, "err", err)
-	}
 }
 
 // await waits for the taker's answer, shows how far it is, and has it abort

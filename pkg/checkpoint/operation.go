@@ -36,6 +36,7 @@ type operation struct {
 	mu     sync.Mutex
 	sealed bool   // no way back: abort is refused
 	fail   string // phase at which the process is to be killed
+	held   string // file that names the phase at which to wait; "": nowhere
 
 	intended bool   // there is a record of it
 	handedOn bool   // to an operation that is begun anew: its record stays
@@ -76,6 +77,7 @@ func (o *operation) outage(d time.Duration) time.Duration {
 
 // enter begins the next phase.
 func (o *operation) enter(name string) {
+	defer o.hold(name) // whoever asks sees the phase meanwhile
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.phases = append(o.phases, phase{name: name, started: time.Now()})
@@ -84,6 +86,22 @@ func (o *operation) enter(name string) {
 		_ = unix.Kill(os.Getpid(), unix.SIGKILL)
 		select {} // not for long
 	}
+}
+
+// hold waits while a line of the file of Options.Holdpoint names this phase. An abort ends
+// that, unless the operation was aborted before: the phase undoes it then.
+func (o *operation) hold(name string) {
+	if o.held == "" {
+		return
+	}
+	ctx := o.ctx
+	if ctx.Err() != nil {
+		ctx = context.WithoutCancel(ctx)
+	}
+	_ = poll(ctx, time.Millisecond, 2*time.Millisecond, func() (bool, error) {
+		b, err := os.ReadFile(o.held)
+		return err != nil || !slices.Contains(strings.Split(string(b), "\n"), o.name+"/"+name), nil
+	})
 }
 
 // note sets what a terminal shows beside the phase.
@@ -175,7 +193,7 @@ func (a *agent) begin(ctx context.Context, app, name string) (*operation, error)
 			fmt.Sprintf("%s of %s: %s is under way since %s; wait for it or abort it",
 				name, app, other.name, time.Since(other.started).Round(time.Millisecond)))
 	}
-	o := &operation{app: app, name: name, started: time.Now()}
+	o := &operation{app: app, name: name, started: time.Now(), held: a.o.Holdpoint}
 	o.ctx, o.cancel = context.WithCancelCause(context.WithValue(ctx, operationKey{}, o))
 	o.unhook = context.AfterFunc(a.root, func() { o.cancel(errStopping) })
 	if n, p, _ := strings.Cut(a.o.Failpoint, "/"); n == name {

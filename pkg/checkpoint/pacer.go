@@ -12,13 +12,15 @@ import (
 )
 
 const (
-	pacePollFirst = 500 * time.Microsecond
-	pacePollMost  = 2 * time.Millisecond
+	// The wait between two glances: a part of what the handshakes under way take.
+	paceEach  = 20 * time.Microsecond
+	paceLeast = 500 * time.Microsecond
+	paceMost  = 3 * time.Millisecond
 	// handshakeRetry is after how long a handshake counts as lost: the queue
 	// of the listener was full after all.
 	handshakeRetry = 200 * time.Millisecond
 	// lookEvery is how long every connection is not looked at while handshakes
-	// go on: it is the retry of a lost one, and the count that operators see.
+	// go on: for the retry of a lost one, and the count that operators see.
 	lookEvery = time.Second
 )
 
@@ -33,8 +35,8 @@ type pacer struct {
 	counted map[string]bool
 	looked  time.Time // when every connection was looked at
 	moved   time.Time // when the handshakes were last seen to go on
-	flying  int       // of them, at the last look or glance
 	untried int       // of left, at the last pick
+	pending int       // handshakes that were not done at the last glance
 }
 
 // comeback is one connection that has to be re-established.
@@ -146,11 +148,29 @@ func (p *pacer) ports() []uint16 {
 // connection was just looked at.
 const everyOne = -1
 
-// glanceWillDo tells whether a look at every connection can wait: handshakes go
-// on or have room to, and the last such look is not old.
+// glanceWillDo tells whether a look at every connection can wait: there are
+// some that were never tried or whose handshake is under way, they go on, and
+// the last such look is not old.
 func (p *pacer) glanceWillDo() bool {
 	now := p.now()
-	return (p.untried > 0 || p.flying > 0) && now.Sub(p.moved) < handshakeRetry && now.Sub(p.looked) < lookEvery
+	return (p.untried > 0 || p.pending > 0) && now.Sub(p.moved) < handshakeRetry && now.Sub(p.looked) < lookEvery
+}
+
+// glanced takes the number of handshakes that are not done.
+func (p *pacer) glanced(underWay int) {
+	if underWay < p.pending {
+		p.moved = p.now()
+	}
+	p.pending = underWay
+}
+
+// idle tells that no handshake is under way or waits for room.
+func (p *pacer) idle() bool { return p.pending == 0 && p.untried == 0 }
+
+// wait is how long not to look: asking all the time would take the processor
+// from what is waited for.
+func (p *pacer) wait() time.Duration {
+	return min(max(time.Duration(p.pending)*paceEach, paceLeast), paceMost)
 }
 
 // next picks what has room in the listeners' queues and counts it as started.
@@ -160,21 +180,21 @@ func (p *pacer) next(ls []sockdiag.Socket, underWay int) []*pb.ConnID {
 	now := p.now()
 	room := map[netip.AddrPort]int{}
 	inFlight := map[netip.AddrPort]int{}
-	if underWay < p.flying || underWay == 0 {
-		p.moved = now
-	}
-	p.flying = underWay
 	if underWay == everyOne {
-		p.looked, p.moved, p.flying = now, now, 0
+		p.looked, p.moved = now, now
 		for _, e := range p.left {
 			if !e.active && e.tried > 0 && now.Sub(e.started) < handshakeRetry {
 				inFlight[e.local]++
-				p.flying++
 			}
+		}
+		p.pending = 0
+		for _, n := range inFlight {
+			p.pending += n
 		}
 	}
 	var batch []*pb.ConnID
 	p.untried = 0
+	defer func() { p.pending += len(batch) }()
 	for _, name := range p.order {
 		e := p.left[name]
 		if e.active || e.tried > 0 && (underWay != everyOne || now.Sub(e.started) < handshakeRetry) {
@@ -198,7 +218,6 @@ func (p *pacer) next(ls []sockdiag.Socket, underWay int) []*pb.ConnID {
 		e.started = now
 		batch = append(batch, e.id)
 	}
-	p.flying += len(batch)
 	return batch
 }
 

@@ -227,7 +227,7 @@ func (r *restoreRun) clear() error {
 	if err != nil {
 		return err
 	}
-	if n == 0 { // so none of them can be in the way
+	if n == 0 {
 		r.info = info
 	}
 	return r.activate(info)
@@ -303,7 +303,7 @@ func (r *restoreRun) reconnect() error {
 	if err := r.firstLook(p); err != nil {
 		return err
 	}
-	err := pollBusy(ctx, pacePollFirst, pacePollMost, func() (bool, bool, error) { return r.pace(p) })
+	err := r.paceAll(ctx, p)
 	if !errors.Is(err, late) {
 		return err
 	}
@@ -325,49 +325,70 @@ func (r *restoreRun) firstLook(p *pacer) error {
 	if len(p.left) == 0 {
 		return nil
 	}
-	_, err := r.startSome(p, everyOne)
-	return err
+	return r.startSome(p, everyOne)
 }
 
-// pace takes one look and starts what has room; done when nothing is left, busy
-// when something was started. Looking at every connection takes long where there
-// are thousands: while handshakes go on the number under way is enough.
-func (r *restoreRun) pace(p *pacer) (done, busy bool, err error) {
+func (r *restoreRun) paceAll(ctx context.Context, p *pacer) error {
+	for {
+		began := time.Now()
+		if done, err := r.pace(p); done || err != nil {
+			return err
+		}
+		wait := p.wait()
+		if p.idle() { // only the application or the time can help now
+			wait = max(wait, time.Since(began))
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(wait):
+		}
+	}
+}
+
+// pace takes one look and starts what has room; true when nothing is left.
+// Looking at every connection takes long where there are thousands: while some
+// wait for their first handshake the number under way is enough.
+func (r *restoreRun) pace(p *pacer) (bool, error) {
 	if p.glanceWillDo() {
 		st, err := r.a.status(r.op.ctx, r.app.Name)
 		if err != nil {
-			return false, false, err
+			return false, err
 		}
 		if st.State != control.StateRestoreStart {
-			return false, false, fmt.Errorf("the application is in state %q now", st.State)
+			return false, fmt.Errorf("the application is in state %q now", st.State)
 		}
-		busy, err = r.startSome(p, int(st.Connections[control.ConnRestoring]))
-		return false, busy, err
+		underWay := int(st.Connections[control.ConnRestoring])
+		if p.glanced(underWay); p.untried > 0 {
+			return false, r.startSome(p, underWay)
+		}
+		if underWay > 0 {
+			return false, nil
+		}
 	}
 	// The filter first: a handshake that it calls done shows as a socket then.
 	info, err := r.a.connInfo(r.op.ctx, r.app.Name)
 	if err != nil {
-		return false, false, err
+		return false, err
 	}
 	socks, err := r.socks.List(sockdiag.Query{Local: r.app.VIPs})
 	if err != nil {
-		return false, false, err
+		return false, err
 	}
 	p.observe(info.Conns, socks)
 	for _, k := range p.stale(socks) {
 		if err := r.socks.Destroy(k); err != nil {
-			return false, false, fmt.Errorf("old socket %s: %w", k, err)
+			return false, fmt.Errorf("old socket %s: %w", k, err)
 		}
 	}
 	r.op.note("%d of %d connections re-established", p.done, p.done+len(p.left))
 	if len(p.left) == 0 || r.lonely(p) {
-		return true, false, nil
+		return true, nil
 	}
 	if !r.proc.alive() {
-		return false, false, fmt.Errorf("%s ended while connections came back; its output is in %s", r.proc.describe(), r.a.launch.logPath(r.app))
+		return false, fmt.Errorf("%s ended while connections came back; its output is in %s", r.proc.describe(), r.a.launch.logPath(r.app))
 	}
-	busy, err = r.startSome(p, everyOne)
-	return false, busy, err
+	return false, r.startSome(p, everyOne)
 }
 
 // activeWait is how long the restored application has to open the connections
@@ -393,19 +414,19 @@ func (r *restoreRun) lonely(p *pacer) bool {
 }
 
 // startSome starts the handshakes that have room, with underWay that were
-// started and are not done. An empty batch starts none.
-func (r *restoreRun) startSome(p *pacer, underWay int) (started bool, err error) {
+// started and are not done.
+func (r *restoreRun) startSome(p *pacer, underWay int) error {
 	ls, err := r.socks.Listeners(r.app.VIPs, p.ports())
 	if err != nil {
-		return false, err
+		return err
 	}
 	batch := p.next(ls, underWay)
 	if len(batch) == 0 {
-		return false, nil
+		return nil
 	}
 	err = r.restoreConn(batch, control.KindSyn)
-	p.moved = p.now()
-	return true, err
+	p.moved = p.now() // the filter may have had much to do
+	return err
 }
 
 // open lets all traffic through again. It is not taken back: what was done is

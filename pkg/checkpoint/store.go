@@ -263,9 +263,9 @@ func (s store) load(app, id string) (*Manifest, *nfconnfilterv1.ConnInfoReply, e
 	return m, &conns, nil
 }
 
-// check is load without a look into what the checksums cover; it returns the
-// file of the connections.
-func (s store) check(app, id string) (m *Manifest, conns []byte, err error) {
+// check is load without making sense of the connections, of which it gives the
+// octets.
+func (s store) check(app, id string) (m *Manifest, connections []byte, err error) {
 	if !validSnapshotID(id) {
 		return nil, nil, fmt.Errorf("%q is not a snapshot ID", id)
 	}
@@ -287,14 +287,14 @@ func (s store) check(app, id string) (m *Manifest, conns []byte, err error) {
 			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: %s does not have the checksum of the manifest", id, app, filepath.Join(s.dir, app, id, name))
 		}
 		if name == connectionsFile {
-			conns = b
+			connections = b
 		}
 	}
-	return m, conns, nil
+	return m, connections, nil
 }
 
 // await is check of a snapshot that another node has stored: its name may become
-// visible late. The clients are held meanwhile.
+// visible late.
 func (s store) await(ctx context.Context, app, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, appears)
 	defer cancel()

@@ -58,7 +58,7 @@ func (a *agent) yield(ctx context.Context, m *pb.AgentYieldRequest) (*pb.AgentRe
 		if !taken {
 			return nil, refused(what, app.Name, st.State, fmt.Sprintf("node %q has not taken its connections over", m.Taker))
 		}
-		err = a.yieldAddresses(app)
+		err = a.removeVIPs(app)
 	case control.YieldBack:
 		switch {
 		case st.State == control.StateBlockData:
@@ -70,7 +70,7 @@ func (a *agent) yield(ctx context.Context, m *pb.AgentYieldRequest) (*pb.AgentRe
 		if !taken {
 			return reply, nil // it is not, or not any more, ours to forget
 		}
-		if err = a.yieldAddresses(app); err == nil {
+		if err = a.leave(app); err == nil {
 			err = a.release(ctx, app.Name)
 			reply.State = control.StateUnknown
 		}
@@ -85,9 +85,10 @@ func (a *agent) yield(ctx context.Context, m *pb.AgentYieldRequest) (*pb.AgentRe
 	return reply, nil
 }
 
-// yieldAddresses takes the VIPs, and what is left of sockets, from this node
-// while the filter swallows all that they might still say.
-func (a *agent) yieldAddresses(app *config.App) error {
+// leave takes what is left of sockets, and the VIPs, from this node while the
+// filter swallows all that they might still say. The addresses alone went when
+// the taker asked for them: until it has them nobody answers the clients.
+func (a *agent) leave(app *config.App) error {
 	if s, err := a.openSockets(app.Process.Namespace); err == nil { // a namespace that is gone has none
 		_, err = a.destroyOld(s, app, nil)
 		s.Close()

@@ -99,32 +99,38 @@ func idle(c *net.TCPConn) error {
 	}
 	var res error
 	err = raw.Control(func(fd uintptr) {
-		var b [1]byte
-		n, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		switch {
-		case err == unix.EAGAIN:
-		case err != nil:
-			res = fault(err)
-			return
-		case n == 0:
-			res = ErrClosed
-			return
-		default:
-			res = fmt.Errorf("%w: %q", ErrExtra, b[:n])
-			return
-		}
-		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
-		if err != nil {
-			res = fmt.Errorf("TCP_INFO: %w", err)
-			return
-		}
-		const established = 1 // TCP_ESTABLISHED, include/net/tcp_states.h
-		if info.State != established {
-			res = fmt.Errorf("socket in state %d instead of ESTABLISHED", info.State)
+		var settled bool
+		if res, settled = idleNow(int(fd)); !settled {
+			res, _ = idleNow(int(fd)) // what ended it came between the two looks
 		}
 	})
 	if err != nil {
 		return fmt.Errorf("%w: %v", ErrClosed, err)
 	}
 	return res
+}
+
+// idleNow looks at data and errors, then at the state; settled is false where
+// the state tells of an end that the first look has not seen.
+func idleNow(fd int) (res error, settled bool) {
+	var b [1]byte
+	n, _, err := unix.Recvfrom(fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	switch {
+	case err == unix.EAGAIN:
+	case err != nil:
+		return fault(err), true
+	case n == 0:
+		return ErrClosed, true
+	default:
+		return fmt.Errorf("%w: %q", ErrExtra, b[:n]), true
+	}
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
+		return fmt.Errorf("TCP_INFO: %w", err), true
+	}
+	const established = 1 // TCP_ESTABLISHED, include/net/tcp_states.h
+	if info.State != established {
+		return fmt.Errorf("socket in state %d instead of ESTABLISHED", info.State), false
+	}
+	return nil, true
 }

@@ -37,6 +37,8 @@ type ClusterOptions struct {
 	// LoadFiles has each node's load read from its file "load", which SetLoad
 	// writes.
 	LoadFiles bool
+	// Holdpoint lets Node.Hold stop agents in a phase of an operation.
+	Holdpoint bool
 	Apps      []App
 }
 
@@ -76,7 +78,7 @@ func NewCluster(o ClusterOptions) (c *Cluster, err error) {
 		letter := string(rune('a' + i))
 		n := &Node{
 			Net: c.Net.Net(i), Dir: c.Path(letter), name: "node-" + letter, root: c.Dir,
-			o: Options{Name: o.Name + "-" + letter, Bin: o.Bin}, behind: map[string]*testnet.NS{}, links: map[string]int{},
+			o: Options{Name: o.Name + "-" + letter, Bin: o.Bin, Holdpoint: o.Holdpoint}, behind: map[string]*testnet.NS{}, links: map[string]int{},
 		}
 		c.Nodes = append(c.Nodes, n)
 		if err := makeDirs(n.Dir, "log", "state"); err != nil {

@@ -39,6 +39,8 @@ type Options struct {
 	Bin string
 	// NoOffloads as in testnet.Options.
 	NoOffloads bool
+	// Holdpoint lets Hold stop an agent in a phase of an operation.
+	Holdpoint bool
 	// Scheduler, "IP:port", receives the restore requests; empty: the agent does.
 	Scheduler string
 	Apps      []App
@@ -200,8 +202,31 @@ func (n *Node) StartFilter() (err error) {
 
 // StartAgent starts ckptctl agent and waits until its socket answers.
 func (n *Node) StartAgent() (err error) {
-	n.Agent, err = n.startDaemon("ckptctl", "agent")
+	var env []string
+	if n.o.Holdpoint {
+		env = append(env, "NFCONNFILTER_AGENT_HOLDPOINT="+n.Path("holdpoint"))
+	}
+	n.Agent, err = n.startDaemon("ckptctl", "agent", env...)
 	return err
+}
+
+// Hold has the agent wait in these phases of operations, each OPERATION/PHASE,
+// whenever it comes to one; none lets it go on. It takes Options.Holdpoint.
+func (n *Node) Hold(points ...string) error {
+	if !n.o.Holdpoint {
+		return errors.New("harness: the node was made without Holdpoint")
+	}
+	if len(points) == 0 {
+		if err := os.Remove(n.Path("holdpoint")); !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	// As a whole, because the agent may be reading it.
+	if err := os.WriteFile(n.Path("holdpoint.new"), []byte(strings.Join(points, "\n")), 0o644); err != nil {
+		return err
+	}
+	return os.Rename(n.Path("holdpoint.new"), n.Path("holdpoint"))
 }
 
 // StartDoomedAgent starts an agent that is killed where the phase of the
