@@ -424,7 +424,9 @@ func (r *restoreRun) startSome(p *pacer, underWay int) error {
 	if len(batch) == 0 {
 		return nil
 	}
-	return r.restoreConn(batch, control.KindSyn)
+	err = r.restoreConn(batch, control.KindSyn)
+	p.moved = p.now() // the filter may have had much to do
+	return err
 }
 
 // open lets all traffic through again. It is not taken back: what was done is

@@ -295,7 +295,7 @@ func (p *prober) reset() {
 func (p *prober) longest(timeout time.Duration) (time.Duration, error) {
 	called := time.Now()
 	for {
-		worst, err, settled := p.look(called)
+		worst, settled, err := p.look(called)
 		switch {
 		case err != nil:
 			return 0, err
@@ -308,7 +308,7 @@ func (p *prober) longest(timeout time.Duration) (time.Duration, error) {
 	}
 }
 
-func (p *prober) look(since time.Time) (worst time.Duration, err error, settled bool) {
+func (p *prober) look(since time.Time) (worst time.Duration, settled bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	settled = time.Since(since) > 2*probeEvery // probes went out meanwhile
@@ -316,5 +316,5 @@ func (p *prober) look(since time.Time) (worst time.Duration, err error, settled 
 		worst = max(worst, c.longest)
 		settled = settled && c.answers > 0 && (len(c.waiting) == 0 || c.waiting[0].After(since))
 	}
-	return worst, p.err, settled
+	return worst, settled, p.err
 }
