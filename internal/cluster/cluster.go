@@ -233,6 +233,9 @@ func (d *driver) reload() {
 	}
 	d.report(cfg)
 	d.mu.Lock()
+	for _, name := range cfg.KeepOld(d.cfg) {
+		d.log.Warn("what was read of the application before stays in force", "app", name)
+	}
 	cfg.Generation = d.cfg.Generation + 1
 	d.cfg = cfg
 	d.sched.Configure(decisions(cfg))

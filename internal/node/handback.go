@@ -21,6 +21,7 @@ type job struct {
 	structures []byte // as they go back; nil: not known, they are asked for
 	yield      bool   // the engine has them and is silent; else it never took them
 	maybe      bool   // a try that was not answered may have been heard
+	own        bool   // the other node has forgotten the application
 	notes      []string
 
 	ctx    context.Context
@@ -124,6 +125,7 @@ func (s service) yield(ctx context.Context, j *job) (outcome, error) {
 			state = i.State
 		}
 		if state == "" || state == appstate.BlockData.String() {
+			j.own = connect.CodeOf(err) == connect.CodeNotFound
 			return s.keep(ctx, j, fmt.Errorf("the filter of node %s: %s", j.node, words(err)))
 		}
 		j.notes = append(j.notes, fmt.Sprintf("node %s has the application already, in state %s", j.node, state))
@@ -146,7 +148,7 @@ func (s service) gone(ctx context.Context, j *job) (outcome, error) {
 
 // keep has the engine answer again: the other node does not have the structures.
 func (s service) keep(ctx context.Context, j *job, why error) (outcome, error) {
-	if _, err := s.do(ctx, &filter.Unyield{App: j.app}); err != nil {
+	if _, err := s.do(ctx, &filter.Unyield{App: j.app, Own: j.own}); err != nil {
 		return settled, s.failure(j.app, err)
 	}
 	return settled, control.Error(connect.CodeFailedPrecondition, j.app, s.n.state(j.app),

@@ -98,6 +98,7 @@ type agent struct {
 	store       store
 	intents     intents
 	owed        owed
+	settling    sync.Map   // of *sync.Mutex by application: one release of old nodes at a time, and none of one that is asked anew
 	yielding    sync.Mutex // one at a time
 	// dialAgent and dialFilter give another node's daemon, and what ends the use
 	// of it.
@@ -169,7 +170,7 @@ func newAgent(root context.Context, o Options, cfg *config.Config, filter nfconn
 		o:       o, log: o.Logger, filter: filter, cfg: cfg, root: root,
 		store: store{filepath.Join(o.SharedDir, "snapshots")}, intents: intents{cfg.Node.StateDir},
 		ops: map[string]*operation{}, wanted: map[string]bool{}, procs: map[string]process{},
-		owed: owed{cfg.Node.StateDir}, returning: map[string]bool{}, prepared: map[string]prepared{},
+		owed: owed{cfg.Node.StateDir, &sync.Mutex{}}, returning: map[string]bool{}, prepared: map[string]prepared{},
 		idle: &idleMeters{all: map[string]*idleMeter{}, now: time.Now},
 	}
 }

@@ -88,6 +88,24 @@ func (w *world) do(event string) error {
 	return w.fail[event]
 }
 
+// setFail makes an event fail from now on; nil: not any more.
+func (w *world) setFail(event string, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.fail[event] = err; err == nil {
+		delete(w.fail, event)
+	}
+}
+
+// setHook has f called before an event from now on; nil: nothing.
+func (w *world) setHook(event string, f func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.hook[event] = f; f == nil {
+		delete(w.hook, event)
+	}
+}
+
 func (w *world) trace() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()

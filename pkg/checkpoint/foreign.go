@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -98,10 +99,12 @@ func (a *agent) restoreFrom(ctx context.Context, m *pb.AgentRestoreRequest) (rep
 	defer r.socks.Close()
 	// A release that an earlier migration still owes to that node would be of
 	// this one.
+	unlock := a.settleLock(m.App)
 	err = errors.Join(a.owed.drop(m.App, m.OldNode), a.owed.add(m.App, m.OldNode))
 	if err == nil {
 		err = a.intend(op, intent{SnapshotID: r.id, OldNode: m.OldNode})
 	}
+	unlock()
 	if err != nil {
 		return nil, failed(opRestore, m.App, st.State, err)
 	}
@@ -207,32 +210,39 @@ func (a *agent) yieldTo(ctx context.Context, old nfconnfilterv1connect.AgentClie
 	return reply, err
 }
 
-// claim has every old node give the VIPs up and takes them.
+// claim has the old node give the VIPs up and takes them.
 func (r *restoreRun) claim() error {
-	nodes, err := r.a.owed.nodes(r.app.Name)
-	if err != nil || len(nodes) == 0 || (r.old == "" || r.taken) && r.a.hasVIPs(r.app) {
-		return err
+	if r.old == "" || r.taken && r.a.hasVIPs(r.app) {
+		return nil
 	}
 	r.op.enter("addresses")
-	for _, n := range nodes {
-		old, done := r.oldAgent, func() {}
-		if n != r.old || old == nil {
-			if old, done, err = r.a.dialAgent(n); err != nil {
-				return err
-			}
-		}
-		_, err := r.a.yieldTo(r.op.ctx, old, n, r.app.Name, control.YieldAddresses)
-		done()
-		// Only one of them has the application in BLOCKDATA for us: what
-		// another says of a state is its own affair.
-		if err != nil && (n == r.old || connect.CodeOf(err) != connect.CodeFailedPrecondition) {
+	old, done := r.oldAgent, func() {}
+	if old == nil {
+		var err error
+		if old, done, err = r.a.dialAgent(r.old); err != nil {
 			return err
 		}
+	}
+	defer done()
+	if _, err := r.a.yieldTo(r.op.ctx, old, r.old, r.app.Name, control.YieldAddresses); err != nil {
+		return err
 	}
 	if err := r.a.addVIPs(&undo{op: r.op}, r.app); err != nil {
 		return err
 	}
 	return r.a.announceVIPs(r.app)
+}
+
+// hasAnyVIP tells whether an address of an application is, or may be, on this node.
+func (a *agent) hasAnyVIP(app *config.App) bool {
+	for _, v := range app.VIPs {
+		for _, ns := range []string{hostNamespace, app.Process.Namespace} {
+			if _, here, err := a.addrs.has(ns, v); err != nil || here {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // hasVIPs tells whether all addresses of an application are on this node.
@@ -331,8 +341,12 @@ func (a *agent) giveBack(ctx context.Context, app *config.App, node string, keep
 // node's kernel would answer where the filter does not any more; where the old
 // node cannot be told they come again, and all stays held here.
 func (a *agent) handBack(ctx context.Context, app *config.App, old nfconnfilterv1connect.AgentClient, node string) error {
-	if _, _, err := a.askOld(ctx, old, node, app.Name); err != nil {
-		return err
+	// With the addresses still there the old filter answers as soon as it has
+	// them back, whether its agent lives or not.
+	if a.hasAnyVIP(app) {
+		if _, _, err := a.askOld(ctx, old, node, app.Name); err != nil {
+			return err
+		}
 	}
 	if s, err := a.openSockets(app.Process.Namespace); err == nil {
 		_, err = a.destroyOld(s, app, nil)
@@ -347,6 +361,9 @@ func (a *agent) handBack(ctx context.Context, app *config.App, old nfconnfilterv
 	err := a.restoreAbort(ctx, app)
 	if err != nil {
 		if st, serr := a.status(ctx, app.Name); serr == nil && (st.State == control.StateRestoreStart || st.State == control.StateSnapshotDone) {
+			if st.State == control.StateSnapshotDone && st.OldNode == "" {
+				err = nil // the old node has forgotten it: it is this one's own now
+			}
 			err = errors.Join(err, a.takeAddresses(app)) // it answers here still
 		}
 	}
@@ -407,11 +424,21 @@ func (a *agent) resumeForeign(op *operation, app *config.App, in *intent, st *pb
 // still swallows its segments, that it may forget it. Those that cannot be told
 // are told later.
 func (a *agent) settle(app string) {
+	defer a.settleLock(app)()
 	if err := a.releaseOld(app); err != nil {
 		a.log.Warn("an old node is not released yet, it is asked again", "app", app, "err", err)
 	}
 }
 
+// settleLock is held while old nodes are released, and while one is put on the
+// list.
+func (a *agent) settleLock(app string) (unlock func()) {
+	m, _ := a.settling.LoadOrStore(app, &sync.Mutex{})
+	m.(*sync.Mutex).Lock()
+	return m.(*sync.Mutex).Unlock
+}
+
+// releaseOld is called with the lock.
 func (a *agent) releaseOld(app string) error {
 	nodes, err := a.owed.nodes(app)
 	for _, n := range nodes {
@@ -463,6 +490,7 @@ func (a *agent) keepSettled(ctx context.Context) {
 // settleLater releases the old nodes of an application that nothing is done
 // with and that is not to be given back.
 func (a *agent) settleLater(ctx context.Context, app string) error {
+	defer a.settleLock(app)()
 	if a.busy(app) {
 		return nil
 	}

@@ -252,6 +252,9 @@ type moved struct {
 func (r *migrateRun) handOver() (*pb.AgentReply, error) {
 	r.op.enter("hand over")
 	r.op.note("to %s", r.to)
+	if r.op.ctx.Err() != nil { // aborted before the other node knows of it
+		return nil, failed(opMigrate, r.app.Name, control.StateSnapshotDone, context.Cause(r.op.ctx))
+	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(r.op.ctx))
 	defer cancel()
 	answered := make(chan moved, 1)
@@ -279,15 +282,19 @@ func (r *migrateRun) handOver() (*pb.AgentReply, error) {
 func (r *migrateRun) await(ctx context.Context, answered <-chan moved) moved {
 	tick := time.NewTicker(progressRelay)
 	defer tick.Stop()
-	aborted := r.op.ctx.Done()
+	aborted, aborting := r.op.ctx.Done(), false
 	for {
 		select {
 		case got := <-answered:
 			return got
 		case <-aborted:
 			aborted = nil
-			r.abort(ctx)
+			aborting = !r.abort(ctx)
 		case <-tick.C:
+			if aborting { // it had not begun, or did not hear it
+				aborting = !r.abort(ctx)
+				continue
+			}
 			r.relay(ctx)
 		}
 	}
@@ -308,12 +315,15 @@ func (r *migrateRun) relay(ctx context.Context) {
 	r.op.note("on %s: %s", r.to, text)
 }
 
-func (r *migrateRun) abort(ctx context.Context) {
+// abort has the taker abort; false: it did not, and may if it is asked again.
+func (r *migrateRun) abort(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
 	if _, err := r.target.Abort(ctx, connect.NewRequest(&pb.AgentAbortRequest{App: r.app.Name})); err != nil {
 		r.a.log.Warn("the taker does not abort", "app", r.app.Name, "node", r.to, "err", err)
+		return false
 	}
+	return true
 }
 
 // outcome looks what became of a migration whose taker was lost, until it is

@@ -2,6 +2,8 @@ package checkpoint
 
 import (
 	"context"
+	"errors"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -10,6 +12,7 @@ import (
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1/nfconnfilterv1connect"
 )
 
 func TestMigrateThereAndBack(t *testing.T) {
@@ -63,13 +66,13 @@ func TestMigrateFails(t *testing.T) {
 	for _, step := range []string{"TAKE", "vip+eth0", "exec", "dies", "deaf", "RESTORECONN-syn", "RESTORED", "INFO"} {
 		t.Run(step, func(t *testing.T) {
 			p := newPair(t, 3)
-			p.w[1].fail[step] = connect.NewError(connect.CodeInternal, errTest)
+			p.w[1].setFail(step, connect.NewError(connect.CodeInternal, errTest))
 			_, err := p.migrate(t.Context(), 0)
 			if err == nil || !strings.Contains(err.Error(), "was restored here and runs") {
 				t.Errorf("error: %v", err)
 			}
 			p.at(t, 0, control.StateRestored)
-			delete(p.w[1].fail, step)
+			p.w[1].setFail(step, nil)
 			if _, err := p.migrate(t.Context(), 0); err != nil {
 				t.Errorf("the next migration: %v", err)
 			}
@@ -88,7 +91,7 @@ func TestMigrateAborted(t *testing.T) {
 				defer cancel()
 				aborted := make(chan error, 1)
 				p.w[1].hook[at] = func() {
-					delete(p.w[1].hook, at)
+					p.w[1].setHook(at, nil)
 					switch side {
 					case "caller":
 						cancel()
@@ -188,13 +191,13 @@ func TestRestoreTo(t *testing.T) {
 	if _, err := p.a[0].snapshot(t.Context(), &pb.AgentSnapshotRequest{App: "redis"}); err != nil {
 		t.Fatal(err)
 	}
-	p.w[1].fail["exec"] = errTest
+	p.w[1].setFail("exec", errTest)
 	to := &pb.AgentRestoreRequest{App: "redis", ToNode: "node-b"}
 	if _, err := p.a[0].Restore(t.Context(), connect.NewRequest(to)); err == nil || !strings.Contains(err.Error(), "node node-a holds its connections again") {
 		t.Errorf("error: %v", err)
 	}
 	p.at(t, 0, control.StateSnapshotDone)
-	delete(p.w[1].fail, "exec")
+	p.w[1].setFail("exec", nil)
 	r, err := p.a[0].Restore(t.Context(), connect.NewRequest(to))
 	if err != nil || r.Msg.State != control.StateRestored {
 		t.Fatal(r, err)
@@ -273,27 +276,27 @@ func TestMigrateNewFilterRestarts(t *testing.T) {
 // does not wait for it.
 func TestMigrateReleaseLater(t *testing.T) {
 	p := newPair(t, 3)
-	p.w[0].fail["RELEASE"] = errTest
+	p.w[0].setFail("RELEASE", errTest)
 	if _, err := p.migrate(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
 	if nodes, err := p.a[1].owed.nodes("redis"); err != nil || !slices.Equal(nodes, []string{"node-a"}) {
 		t.Fatalf("owed: %v %v", nodes, err)
 	}
-	delete(p.w[0].fail, "RELEASE")
+	p.w[0].setFail("RELEASE", nil)
 	if err := p.a[1].settleLater(t.Context(), "redis"); err != nil {
 		t.Error(err)
 	}
 	p.at(t, 1, control.StateRestored)
 
-	p.w[1].fail["RELEASE"] = errTest // now the other way round, and straight back
+	p.w[1].setFail("RELEASE", errTest) // now the other way round, and straight back
 	if _, err := p.migrate(t.Context(), 1); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := p.migrate(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
-	delete(p.w[1].fail, "RELEASE")
+	p.w[1].setFail("RELEASE", nil)
 	if err := p.a[0].settleLater(t.Context(), "redis"); err != nil {
 		t.Error(err)
 	}
@@ -325,7 +328,7 @@ func TestYieldRefused(t *testing.T) {
 // application comes back.
 func TestMigrateUndoneLater(t *testing.T) {
 	p := newPair(t, 3)
-	p.w[1].fail["list"] = errTest
+	p.w[1].setFail("list", errTest)
 	if _, err := p.migrate(t.Context(), 0); err == nil || !strings.Contains(err.Error(), "it is tried again") {
 		t.Fatal(err)
 	}
@@ -355,4 +358,113 @@ func TestStartElsewhere(t *testing.T) {
 	if _, err := p.a[1].start(t.Context(), "redis"); err != nil {
 		t.Error(err)
 	}
+}
+
+// Other nodes that are still owed a release, or a list of them that cannot be
+// read, keep no application from moving.
+func TestMigrateOwesOthers(t *testing.T) {
+	for _, damaged := range []bool{false, true} {
+		p := newPair(t, 2)
+		if err := p.a[1].owed.add("redis", "node-x"); err != nil {
+			t.Fatal(err)
+		}
+		if damaged {
+			writeFile(t, p.a[1].owed.path("redis"), "half of it")
+			if err := os.Chmod(p.a[1].owed.path("redis"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := p.migrate(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		want := []string{"node-x"}
+		if damaged {
+			want = nil
+		}
+		if nodes, err := p.a[1].owed.nodes("redis"); err != nil || !slices.Equal(nodes, want) {
+			t.Errorf("owed: %v, %v, want %v", nodes, err, want)
+		}
+	}
+}
+
+// Aborted at the end of the snapshot: the other node learns nothing of it.
+func TestMigrateAbortedBefore(t *testing.T) {
+	p := newPair(t, 2)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	p.w[0].setHook("SNAPSHOTDONE", cancel)
+	if _, err := p.migrate(ctx, 0); err == nil || !strings.Contains(err.Error(), "was restored here and runs") {
+		t.Errorf("error: %v", err)
+	}
+	if got := p.w[1].trace(); got != "" {
+		t.Errorf("the other node did %s", got)
+	}
+	p.at(t, 0, control.StateRestored)
+}
+
+// The old agent is dead and the addresses never left it: its filter answers
+// again as soon as the new node gives up.
+func TestGiveBackWithoutAgent(t *testing.T) {
+	p := newPair(t, 2)
+	p.w[0].mu.Lock()
+	p.w[0].away()
+	p.w[0].mu.Unlock()
+	if _, err := p.w[1].takeOver("node-a"); err != nil {
+		t.Fatal(err)
+	}
+	down := errors.New("down")
+	p.a[1].dialAgent = func(string) (nfconnfilterv1connect.AgentClient, func(), error) {
+		return unreachable{err: connect.NewError(connect.CodeUnavailable, down)}, func() {}, nil
+	}
+	if _, err := p.a[1].giveBack(t.Context(), p.a[1].cfg.Apps["redis"], "node-a", true); err == nil || !strings.Contains(err.Error(), "down") {
+		t.Errorf("error: %v", err)
+	}
+	if p.w[0].state != control.StateSnapshotDone || p.w[1].state != "" {
+		t.Errorf("states %q and %q", p.w[0].state, p.w[1].state)
+	}
+}
+
+// unreachable is an agent that nobody can ask.
+type unreachable struct {
+	nfconnfilterv1connect.AgentClient
+	err error
+}
+
+func (u unreachable) NodeStatus(context.Context, *connect.Request[pb.AgentNodeStatusRequest]) (*connect.Response[pb.AgentNodeStatusReply], error) {
+	return nil, u.err
+}
+
+// An application in a network namespace whose connections another node took at
+// the last moment: its addresses do not come to this node.
+func TestKeepOnNodeOfAnother(t *testing.T) {
+	for _, state := range []string{control.StateBlockData, "", control.StateSnapshotDone} {
+		w, a := newWorld(t, 1)
+		app := *a.cfg.Apps["redis"]
+		app.Process.Namespace = "inner"
+		w.away()
+		w.state, w.vip = state, map[string]bool{}
+		a.keepOnNode(&app)
+		if here := w.vip[""]; here != (state == control.StateSnapshotDone) {
+			t.Errorf("in state %q the VIP is on the node: %v", state, here)
+		}
+	}
+}
+
+// The old node is released by hand too early, and then the restore fails: the
+// connections are the new node's own and are restored there.
+func TestMigrateForgottenByOld(t *testing.T) {
+	p := newPair(t, 3)
+	w := p.w[1]
+	w.setHook("exec", func() {
+		w.setHook("exec", func() { w.setFail("exec", nil) })
+		w.setFail("exec", errTest)
+		p.w[0].mu.Lock()
+		defer p.w[0].mu.Unlock()
+		p.w[0].state, p.w[0].takenBy, p.w[0].conns = "", "", nil
+	})
+	if _, err := p.migrate(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	p.settled(t)
+	p.at(t, 1, control.StateRestored)
 }

@@ -8,13 +8,17 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // owed keeps which nodes an application was taken over from that still swallow
 // its segments (BLOCKDATA) and have to be told when it is here for good:
 // state_dir/agent/APP@old.json. It is written before the first of them is asked
 // for anything, so that no crash leaves one waiting for ever.
-type owed struct{ stateDir string }
+type owed struct {
+	stateDir string
+	mu       *sync.Mutex // reading and writing go together
+}
 
 const owedSuffix = "@old.json"
 
@@ -46,20 +50,25 @@ func (o owed) nodes(app string) ([]string, error) {
 
 func (o owed) path(app string) string { return filepath.Join(o.stateDir, recordsDir, o.name(app)) }
 
-// add puts a node on the list.
+// add puts a node on the list. What cannot be read is written anew: it keeps no
+// application from moving.
 func (o owed) add(app, node string) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	list, err := o.nodes(app)
-	if err != nil || slices.Contains(list, node) {
-		return err
+	if err == nil && slices.Contains(list, node) {
+		return nil
 	}
 	return o.save(app, append(list, node))
 }
 
 // drop takes it off again.
 func (o owed) drop(app, node string) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	list, err := o.nodes(app)
 	if err != nil || !slices.Contains(list, node) {
-		return err
+		return nil // it is not on a list that can be read
 	}
 	return o.save(app, slices.DeleteFunc(list, func(n string) bool { return n == node }))
 }

@@ -53,6 +53,10 @@ func (w *world) handBack() (*reply, error) {
 	if w.vip[""] {
 		return nil, control.Error(connect.CodeFailedPrecondition, "redis", w.state, "the VIP is on this node")
 	}
+	if o.state == "" { // it has forgotten it
+		w.state, w.oldNode = control.StateSnapshotDone, ""
+		return nil, control.Error(connect.CodeFailedPrecondition, "redis", w.state, "the connections stay held on this node")
+	}
 	o.state, o.takenBy = control.StateSnapshotDone, ""
 	w.state, w.oldNode, w.conns = "", "", nil
 	return connect.NewResponse(&pb.AppReply{App: "redis"}), nil

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 )
 
 // Where an application's VIPs are. Mostly on the node's interface. An
@@ -116,7 +117,27 @@ func (a *agent) putOnNode(app *config.App) error {
 
 // keepOnNode is putOnNode where nothing more can be done about a failure: the
 // connections are held as long as the route stays.
+//
+// Another node may have taken the application over just now: then the addresses
+// are that one's.
 func (a *agent) keepOnNode(app *config.App) {
+	if app.Process.Namespace == hostNamespace {
+		return
+	}
+	a.yielding.Lock()
+	defer a.yielding.Unlock()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(a.root), cleanupTimeout)
+	defer cancel()
+	st, err := a.status(ctx, app.Name)
+	switch {
+	case err != nil: // held or not, its packets are dropped without a filter
+	case st.State == control.StateBlockData, st.State == control.StateUnknown:
+		err = a.removeVIPs(app)
+		if err != nil {
+			a.log.Error("VIP stays on the node though another one has the application", "app", app.Name, "err", err)
+		}
+		return
+	}
 	if err := a.putOnNode(app); err != nil {
 		a.log.Error("VIP is not on the node; when the application's network namespace goes, its clients do not reach the filter", "app", app.Name, "err", err)
 	}

@@ -245,7 +245,7 @@ func (a *agent) resumeHeld(op *operation, app *config.App, in *intent, proc proc
 	}
 	op.enter("address")
 	u := &undo{op: op}
-	if err := a.heldVIPs(u, app); err != nil {
+	if err := a.heldHere(u, app); err != nil {
 		return did, nil, err
 	}
 	if did == "" && len(u.steps) > 0 {
@@ -270,6 +270,20 @@ func (a *agent) resumeHeld(op *operation, app *config.App, in *intent, proc proc
 		}
 	}
 	return did, nil, nil
+}
+
+// heldHere is heldVIPs unless another node has taken the application over since
+// its state was looked at.
+func (a *agent) heldHere(u *undo, app *config.App) error {
+	a.yielding.Lock()
+	defer a.yielding.Unlock()
+	ctx, cancel := u.op.cleanup()
+	defer cancel()
+	st, err := a.status(ctx, app.Name)
+	if err != nil || st.State == control.StateBlockData || st.State == control.StateUnknown {
+		return err
+	}
+	return a.heldVIPs(u, app)
 }
 
 // heldVIPs puts the addresses of an application that is away on the node.

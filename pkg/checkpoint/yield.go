@@ -43,6 +43,9 @@ func (a *agent) yield(ctx context.Context, m *pb.AgentYieldRequest) (*pb.AgentRe
 	}
 	a.yielding.Lock()
 	defer a.yielding.Unlock()
+	if err := ctx.Err(); err != nil { // whoever asked may want something else by now
+		return nil, err
+	}
 	// Half of it helps nobody: it does not end with the caller.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()

@@ -1,8 +1,10 @@
 package config
 
 import (
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 )
 
@@ -47,11 +49,17 @@ func young(sharedDir string, now time.Time) bool {
 	return found
 }
 
-// KeepOld has applications whose file is bad now, or that another one's change
-// made so, stay as old has them; it names them.
+// KeepOld has applications whose file is bad now stay as old has them; it names
+// them. One whose VIP a valid application has now is not kept.
 func (c *Config) KeepOld(old *Config) (kept []string) {
+	taken := map[netip.Addr]bool{}
+	for _, app := range c.Apps {
+		for _, v := range app.VIPs {
+			taken[v] = true
+		}
+	}
 	for name := range c.AppFaults {
-		if app := old.Apps[name]; app != nil {
+		if app := old.Apps[name]; app != nil && !slices.ContainsFunc(app.VIPs, func(v netip.Addr) bool { return taken[v] }) {
 			c.Apps[name] = app
 			kept = append(kept, name)
 		}

@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
@@ -58,10 +59,11 @@ func TestSettled(t *testing.T) {
 }
 
 func TestKeepOld(t *testing.T) {
-	was := &App{Name: "redis"}
-	old := &Config{Apps: map[string]*App{"redis": was, "gone": {}}}
-	c := &Config{Apps: map[string]*App{}, AppFaults: map[string]Faults{"redis": nil, "new": nil}}
-	if kept := c.KeepOld(old); len(kept) != 1 || c.Apps["redis"] != was || len(c.Apps) != 1 || len(c.AppFaults) != 1 {
+	one, two := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
+	was := &App{Name: "redis", VIPs: []netip.Addr{one}}
+	old := &Config{Apps: map[string]*App{"redis": was, "gone": {}, "moved": {VIPs: []netip.Addr{two}}}}
+	c := &Config{Apps: map[string]*App{"heir": {VIPs: []netip.Addr{two}}}, AppFaults: map[string]Faults{"redis": nil, "new": nil, "moved": nil}}
+	if kept := c.KeepOld(old); len(kept) != 1 || c.Apps["redis"] != was || len(c.Apps) != 2 || len(c.AppFaults) != 2 {
 		t.Errorf("kept %v: %v, faults %v", kept, c.Apps, c.AppFaults)
 	}
 }

@@ -133,8 +133,14 @@ func (f *certFiles) whose(chain []*x509.Certificate, peers []Peer) (Peer, error)
 			return p, nil
 		}
 	}
+	// An address counts where there is no name, and for a scheduler that runs
+	// on a node's machine: it is not that node.
+	scheduler := slices.Contains(leaf.DNSNames, SchedulerName)
 	for _, p := range peers {
-		if p.named(leaf) {
+		if (scheduler || len(leaf.DNSNames) == 0) && p.named(leaf) {
+			if scheduler {
+				return Peer{Name: SchedulerName, Address: p.Address}, nil
+			}
 			return p, nil
 		}
 	}

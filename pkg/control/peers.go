@@ -148,7 +148,7 @@ func (p *Peers) identify(g *gate, allowed map[string]bool) http.Handler {
 			err = fmt.Errorf("%s is not for other nodes", r.URL.Path)
 		}
 		if err != nil {
-			slog.Warn("a peer was refused", "address", r.RemoteAddr, "error", err)
+			p.refused(r.RemoteAddr, err)
 			r = r.WithContext(context.WithValue(r.Context(), refusalKey{}, connect.NewError(connect.CodePermissionDenied, err)))
 			g.ServeHTTP(w, r)
 			return
@@ -181,10 +181,17 @@ func (p *Peers) caller(r *http.Request) (Peer, error) {
 		return Peer{}, fmt.Errorf("this node has no certificate and does not speak plain text with %s: set [tls], or allow_plaintext = true, in its node file", from.Addr().Unmap())
 	}
 	name := r.Header.Get(nodeHeader)
+	var there []Peer
 	for _, o := range p.o.Peers() {
 		if o.Address.Unmap() == from.Addr().Unmap() && (o.Name == name || name == "") {
-			return o, nil
+			there = append(there, o)
 		}
+	}
+	if len(there) == 1 {
+		return there[0], nil
+	}
+	if len(there) > 1 {
+		return Peer{}, fmt.Errorf("several nodes of cluster.toml have the address %s, and the request does not say which one asks (header %s)", from.Addr().Unmap(), nodeHeader)
 	}
 	return Peer{}, fmt.Errorf("%s is not the address of node %q in this node's cluster.toml", from.Addr().Unmap(), name)
 }
@@ -264,6 +271,20 @@ func (p *Peers) known(from netip.Addr) bool {
 
 // stranger names an address that is no peer's, now and then.
 func (p *Peers) stranger(from netip.Addr) {
+	if p.worthALine(from) {
+		slog.Warn("a connection from an address that is no node's in cluster.toml was closed", "address", from)
+	}
+}
+
+// refused names a peer that may not ask what it asks, now and then.
+func (p *Peers) refused(remote string, err error) {
+	if ap, perr := netip.ParseAddrPort(remote); perr == nil && p.worthALine(ap.Addr().Unmap()) {
+		slog.Warn("a peer was refused", "address", remote, "error", err)
+	}
+}
+
+// worthALine tells whether the log has not named an address for a while.
+func (p *Peers) worthALine(from netip.Addr) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
@@ -271,10 +292,10 @@ func (p *Peers) stranger(from netip.Addr) {
 		clear(p.strangers)
 	}
 	if now.Sub(p.strangers[from]) < strangersEach {
-		return
+		return false
 	}
 	p.strangers[from] = now
-	slog.Warn("a connection from an address that is no node's in cluster.toml was closed", "address", from)
+	return true
 }
 
 // watchful has the kernel notice a peer that is gone: a call may be silent for

@@ -195,6 +195,20 @@ func TestPeersCertificates(t *testing.T) {
 	}
 }
 
+// The address in a certificate makes nobody a node that its name does not: not a
+// node that was taken out of the cluster, and not a scheduler on a node's machine.
+func TestPeersNameBeforeAddress(t *testing.T) {
+	r := newPeerRig(t)
+	r.serve(t, r.options("node-b", "ca", "node-b"))
+	for name, want := range map[string]string{"scheduler": SchedulerName, "node-x": ""} {
+		r.issue(t, "ca", name, "127.0.0.1", time.Now(), time.Hour)
+		got, err := ask(t, r.dial(t, r.options("node-a", "ca", name)))
+		if got != want || (err == nil) != (want != "") {
+			t.Errorf("%s counts as %q, %v, want %q", name, got, err, want)
+		}
+	}
+}
+
 // A renewed certificate is used at once; one that cannot be read is not.
 func TestPeersRenewal(t *testing.T) {
 	r := newPeerRig(t)

@@ -260,7 +260,7 @@ func (c *conn) observeIn(now Time, s *packet.Segment) {
 		return
 	}
 	c.ackSeen = true
-	if speaks {
+	if speaks && c.ep.RcvNxt.Less(s.End()) { // a keepalive may hold an octet that local has
 		c.lastIn, c.last = now, remoteSpoke
 	}
 	if !c.inKnown || !c.ep.RcvNxt.Less(c.inEnd) {

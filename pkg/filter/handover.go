@@ -31,8 +31,12 @@ type (
 	// over and never restored here: it is silent from now on, and the answer is
 	// *Structures, for the old node.
 	Yield struct{ App string }
-	// Unyield goes back: the old node has certainly not taken them.
-	Unyield struct{ App string }
+	// Unyield goes back: the old node has certainly not taken them. Own: nor will
+	// it ever, for it has forgotten the application, which is this node's alone now.
+	Unyield struct {
+		App string
+		Own bool
+	}
 )
 
 // between carries out the requests that two filters have to agree on, repeated
@@ -56,7 +60,7 @@ func (e *Engine) between(now Time, r *Request, a *app, fx *Effects) (res any, er
 	case *Yield:
 		res, err = e.yield(now, a, fx)
 	case *Unyield:
-		res, err = e.unyield(now, a, fx)
+		res, err = e.unyield(now, b, a, fx)
 	default:
 		ok = false
 	}
@@ -172,7 +176,7 @@ func (e *Engine) yield(now Time, a *app, fx *Effects) (any, error) {
 }
 
 // unyield goes on where yield stopped.
-func (e *Engine) unyield(now Time, a *app, fx *Effects) (any, error) {
+func (e *Engine) unyield(now Time, b *Unyield, a *app, fx *Effects) (any, error) {
 	if a.state != appstate.BlockData {
 		return a.result(), nil
 	}
@@ -184,14 +188,16 @@ func (e *Engine) unyield(now Time, a *app, fx *Effects) (any, error) {
 	for _, c := range a.conns {
 		e.rearm(now, c)
 	}
+	if b.Own {
+		in, a.foreign, a.oldNode, a.from = appstate.SnapshotDone, false, "", 0
+	}
 	if in == appstate.RestoreStart {
 		return e.restoring(now, a, fx), nil
 	}
 	a.set(appstate.SnapshotDone, fx, "held here still")
 	e.beats(now, a)
-	if a.wake = true; a.oldNode != "" {
-		e.askLater(now, a, true, fx)
-	}
+	a.wake = true
+	e.askLater(now, a, true, fx)
 	return a.result(), nil
 }
 
