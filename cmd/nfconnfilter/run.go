@@ -109,16 +109,22 @@ func reloads(ctx context.Context, f *files, n *node.Node, log *slog.Logger) {
 			return
 		case <-hup:
 		}
-		cfg, err := f.load()
+		r, err := config.Reload(n.Config(), f.load)
 		if err != nil {
 			log.Error("the configuration has faults; the old one stays in force", "error", err)
 			continue
 		}
-		for app, faults := range cfg.AppFaults {
-			log.Error("application disabled by its configuration", "app", app, "faults", faults)
+		for _, fault := range r.Faults {
+			log.Error("an application's file has faults", "fault", fault.Error())
 		}
-		n.SetConfig(cfg)
-		log.Info("configuration read again", "generation", cfg.Generation)
+		for app := range r.AppFaults {
+			log.Error("application disabled by its configuration", "app", app)
+		}
+		for _, app := range r.Kept {
+			log.Warn("what was read of the application before stays in force", "app", app)
+		}
+		n.SetConfig(r.Config)
+		log.Info("configuration read again", "generation", r.Generation)
 	}
 }
 

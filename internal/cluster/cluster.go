@@ -162,6 +162,9 @@ func (d *driver) serve(ctx context.Context, l net.Listener, o Options) error {
 	calls, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
 	d.calls = calls
+	for _, f := range d.config().AllFaults() {
+		d.log.Error("application disabled", "fault", f.Error())
+	}
 	d.report(d.config())
 	var wg sync.WaitGroup
 	watch := func() { d.watch(ctx, &wg) }
@@ -216,9 +219,6 @@ func (d *driver) end() {
 }
 
 func (d *driver) report(cfg *config.Config) {
-	for _, f := range cfg.AllFaults() {
-		d.log.Error("application disabled", "fault", f.Error())
-	}
 	if len(cfg.Cluster.Nodes) == 0 {
 		d.log.Error("cluster.toml has no [[node]]: there is no agent to ask; add one for each node")
 	}
@@ -226,16 +226,20 @@ func (d *driver) report(cfg *config.Config) {
 
 // reload takes a new configuration; an invalid one leaves the old in force.
 func (d *driver) reload() {
-	cfg, err := d.load()
+	r, err := config.Reload(d.config(), d.load)
 	if err != nil {
 		d.log.Error("configuration is invalid, the old one stays in force", "err", err)
 		return
 	}
+	cfg := r.Config
+	for _, f := range r.Faults {
+		d.log.Error("an application's file has faults", "fault", f.Error())
+	}
 	d.report(cfg)
-	d.mu.Lock()
-	for _, name := range cfg.KeepOld(d.cfg) {
+	for _, name := range r.Kept {
 		d.log.Warn("what was read of the application before stays in force", "app", name)
 	}
+	d.mu.Lock()
 	cfg.Generation = d.cfg.Generation + 1
 	d.cfg = cfg
 	d.sched.Configure(decisions(cfg))

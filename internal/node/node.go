@@ -171,6 +171,9 @@ func (n *Node) Close() {
 	}
 }
 
+// Config is the configuration in force; it is not changed.
+func (n *Node) Config() *config.Config { return n.cfg.Load() }
+
 // SetConfig makes a configuration that was read again the one in force.
 func (n *Node) SetConfig(cfg *config.Config) {
 	cfg.Generation = n.cfg.Load().Generation + 1

@@ -272,23 +272,22 @@ func (a *agent) config() *config.Config {
 
 // reload takes a new configuration; an invalid one leaves the old in force.
 func (a *agent) reload() {
-	cfg, err := config.LoadSettled(a.o.SharedDir, a.o.NodeFile)
+	r, err := config.Reload(a.config(), func() (*config.Config, error) { return config.Load(a.o.SharedDir, a.o.NodeFile) })
 	if err != nil {
 		a.log.Error("configuration is invalid, the old one stays in force", "err", err)
 		return
 	}
-	faults := cfg.AllFaults()
-	a.mu.Lock()
-	kept := cfg.KeepOld(a.cfg)
-	for _, f := range faults {
+	cfg := r.Config
+	for _, f := range r.Faults {
 		a.log.Error("an application's file has faults", "fault", f.Error())
 	}
 	for name := range cfg.AppFaults {
 		a.log.Error("application disabled", "app", name)
 	}
-	for _, name := range kept {
+	for _, name := range r.Kept {
 		a.log.Warn("what was read of the application before stays in force", "app", name)
 	}
+	a.mu.Lock()
 	cfg.Generation = a.cfg.Generation + 1
 	for name := range cfg.Apps {
 		if a.cfg.Apps[name] == nil { // an earlier agent may have left something

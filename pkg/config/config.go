@@ -112,7 +112,8 @@ type loader struct {
 	clusterRoot  *table
 	clusterNodes []*table
 
-	apps []*appFile
+	apps    []*appFile
+	hasApps bool
 }
 
 // appFile is one apps/*.toml while it is read.
@@ -170,6 +171,7 @@ func (l *loader) readApps() {
 		}
 		return
 	}
+	l.hasApps = true
 	for _, e := range entries {
 		name, ok := strings.CutSuffix(e.Name(), ".toml")
 		if !ok || strings.HasPrefix(name, ".") || e.IsDir() {
@@ -191,6 +193,7 @@ func (l *loader) result() (*Config, error) {
 		Cluster: l.cluster, Node: l.node,
 		Apps: make(map[string]*App), AppFaults: make(map[string]Faults),
 		SharedDir: l.shared, NodeFile: l.nodeFile, Generation: 1,
+		hasCluster: l.clusterDoc != nil, hasApps: l.hasApps,
 	}
 	for _, f := range l.apps {
 		if faults := append(f.faults, f.doc.result()...); len(faults) > 0 {

@@ -282,7 +282,7 @@ func TestPrintRoundTrip(t *testing.T) {
 				again["apps/"+name+".toml"] = encode(t, app)
 			}
 			d := load(t, again)
-			d.SharedDir, d.NodeFile = c.SharedDir, c.NodeFile
+			d.SharedDir, d.NodeFile, d.hasCluster, d.hasApps = c.SharedDir, c.NodeFile, c.hasCluster, c.hasApps
 			if !reflect.DeepEqual(c, d) {
 				t.Errorf("before %+v\nafter %+v\nprinted:\n%s", c, d, &out)
 			}

@@ -61,6 +61,8 @@ type Config struct {
 	// Generation is for the caller to count its accepted configurations;
 	// Load leaves 1.
 	Generation uint64
+
+	hasCluster, hasApps bool // there is a cluster.toml, a directory apps
 }
 
 // Cluster is cluster.toml.
