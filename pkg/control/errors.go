@@ -52,15 +52,19 @@ func IsUnreachable(err error) bool {
 	if err == nil || connect.IsWireError(err) {
 		return false
 	}
+	// A host that is down answers no SYN: that is no deadline of the caller's.
+	var nd notDelivered
+	var op *net.OpError
+	if errors.As(err, &nd) && errors.As(err, &op) && op.Op == "dial" && op.Timeout() {
+		return true
+	}
 	// Not by the code: a broken pipe comes as canceled too.
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return false
 	}
-	var op *net.OpError
 	if errors.As(err, &op) && op.Op == "dial" {
 		return true
 	}
-	var nd notDelivered
 	if errors.As(err, &nd) { // a certificate, say: trying again does not help
 		return false
 	}

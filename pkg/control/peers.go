@@ -27,17 +27,20 @@ const (
 	// share an address. A certificate is believed instead where there is one.
 	nodeHeader = "Nfcf-Node"
 
-	peerDialTimeout = 5 * time.Second
+	peerDial = 5 * time.Second // for connect(2), and for the TLS handshake behind it
 	// peerGone is when a peer that does not answer at all is given up, in a
 	// call that may take long otherwise.
 	peerGone      = 15 * time.Second
 	peerIdle      = 30 * time.Second // of a connection without a call
-	peerBody      = 2 * time.Minute  // for a whole request, and for a reply to be taken
 	maxPeerConns  = 64               // of one address
 	largeMessage  = 16 << 20
 	largeAtOnce   = 2
 	strangersEach = time.Minute // a line in the log
 )
+
+// Bounds the time for a whole request, and for a reply to be taken. A variable
+// for the tests.
+var peerBody = 2 * time.Minute
 
 // Peer is another node of the cluster, or its scheduler.
 type Peer struct {
@@ -68,6 +71,7 @@ type Peers struct {
 	o     PeerOptions
 	certs *certFiles // nil: plain text
 	large chan struct{}
+	dial  time.Duration // peerDial, in tests another
 
 	mu        sync.Mutex
 	strangers map[netip.Addr]time.Time // when they were last named in the log
@@ -76,7 +80,7 @@ type Peers struct {
 // NewPeers reads the certificates. An expired one is no error here: it is when
 // it is used.
 func NewPeers(o PeerOptions) (*Peers, error) {
-	p := &Peers{o: o, large: make(chan struct{}, largeAtOnce), strangers: map[netip.Addr]time.Time{}}
+	p := &Peers{o: o, large: make(chan struct{}, largeAtOnce), dial: peerDial, strangers: map[netip.Addr]time.Time{}}
 	switch n := len(o.Cert) * len(o.Key) * len(o.CA); {
 	case o.Cert == "" && o.Key == "" && o.CA == "":
 		return p, nil
@@ -107,7 +111,7 @@ func (p *Peers) Serve(ctx context.Context, l net.Listener, h http.Handler, proce
 	for _, m := range procedures {
 		allowed[m] = true
 	}
-	g := &gate{next: h, errors: connect.NewErrorWriter(), limit: MaxPeerMessage, body: peerBody}
+	g := &gate{next: h, errors: connect.NewErrorWriter(), limit: MaxPeerMessage, body: peerBody, reply: peerBody}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	srv := &http.Server{
@@ -380,7 +384,7 @@ type peerDialer struct {
 }
 
 func (d *peerDialer) dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	nd := net.Dialer{Timeout: peerDialTimeout}
+	nd := net.Dialer{Timeout: d.p.dial}
 	// A node has VIPs besides, and the others know it by its own address.
 	if d.self.IsValid() && d.self.Is4() == d.to.Address.Is4() {
 		nd.LocalAddr = &net.TCPAddr{IP: d.self.AsSlice()}
@@ -404,10 +408,13 @@ func (d *peerDialer) dialTLS(ctx context.Context, network, addr string) (net.Con
 	cfg, err := d.p.clientTLS(d.to)
 	if err == nil {
 		t := tls.Client(c, cfg)
-		ctx, cancel := context.WithTimeout(ctx, peerDialTimeout)
+		hctx, cancel := context.WithTimeout(ctx, d.p.dial)
 		defer cancel()
-		if err = t.HandshakeContext(ctx); err == nil {
+		if err = t.HandshakeContext(hctx); err == nil {
 			return t, nil
+		}
+		if hctx.Err() != nil && ctx.Err() == nil {
+			err = fmt.Errorf("node %s has taken the connection and not answered the TLS handshake within %s: look at the daemon there", d.to.Name, d.p.dial)
 		}
 	}
 	c.Close()

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"io"
@@ -23,6 +24,7 @@ import (
 type peerAgent struct {
 	nfconnfilterv1connect.UnimplementedAgentHandler
 	hook  func(context.Context)
+	reply string // instead of the asker's name
 	calls atomic.Int32
 }
 
@@ -35,7 +37,7 @@ func (a *peerAgent) NodeStatus(ctx context.Context, _ *connect.Request[pb.AgentN
 	if !ok {
 		return nil, Error(connect.CodeInternal, "", "", "nobody asks")
 	}
-	return connect.NewResponse(&pb.AgentNodeStatusReply{Node: p.Name}), nil
+	return connect.NewResponse(&pb.AgentNodeStatusReply{Node: cmp.Or(a.reply, p.Name)}), nil
 }
 
 // rig is two nodes on loopback addresses, node-b with an agent that answers.
@@ -81,7 +83,7 @@ func (r *peerRig) options(self, ca, name string) PeerOptions {
 	return o
 }
 
-func (r *peerRig) serve(t *testing.T, o PeerOptions) {
+func (r *peerRig) serve(t testing.TB, o PeerOptions) {
 	t.Helper()
 	p, err := NewPeers(o)
 	if err != nil {
@@ -101,7 +103,7 @@ func (r *peerRig) serve(t *testing.T, o PeerOptions) {
 }
 
 // dial gives node-a's client of node-b's agent.
-func (r *peerRig) dial(t *testing.T, o PeerOptions) *AgentClient {
+func (r *peerRig) dial(t testing.TB, o PeerOptions) *AgentClient {
 	t.Helper()
 	p, err := NewPeers(o)
 	if err != nil {
@@ -115,7 +117,7 @@ func (r *peerRig) dial(t *testing.T, o PeerOptions) *AgentClient {
 	return c
 }
 
-func ask(t *testing.T, c *AgentClient) (string, error) {
+func ask(t testing.TB, c *AgentClient) (string, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()

@@ -95,7 +95,7 @@ func Serve(ctx context.Context, l net.Listener, handler http.Handler, allowed fu
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	g := &gate{next: handler, errors: connect.NewErrorWriter(), limit: MaxRequest, body: bodyTimeout}
+	g := &gate{next: handler, errors: connect.NewErrorWriter(), limit: MaxRequest, body: bodyTimeout, reply: replyTimeout}
 	srv := &http.Server{
 		Handler:           g,
 		ReadHeaderTimeout: headerTimeout,
@@ -249,6 +249,7 @@ type gate struct {
 	active atomic.Int64
 	limit  int64         // of a request in bytes
 	body   time.Duration // for it to arrive
+	reply  time.Duration // for the client to take its reply
 }
 
 func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -257,7 +258,7 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	rc := http.NewResponseController(w)
 	if err, ok := r.Context().Value(refusalKey{}).(error); ok {
 		w.Header().Set("Connection", "close")
-		_ = rc.SetWriteDeadline(time.Now().Add(replyTimeout))
+		_ = rc.SetWriteDeadline(time.Now().Add(g.reply))
 		_ = g.errors.Write(w, r, err)
 		return
 	}
@@ -266,13 +267,13 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, g.limit))
 	if err != nil {
 		w.Header().Set("Connection", "close")
-		_ = rc.SetWriteDeadline(time.Now().Add(replyTimeout))
+		_ = rc.SetWriteDeadline(time.Now().Add(g.reply))
 		_ = g.errors.Write(w, r, bodyError(err))
 		return
 	}
 	_ = rc.SetReadDeadline(time.Time{})
 	r.Body = io.NopCloser(bytes.NewReader(body))
-	g.next.ServeHTTP(&replyWriter{ResponseWriter: w, rc: rc}, r)
+	g.next.ServeHTTP(&replyWriter{ResponseWriter: w, rc: rc, most: g.reply}, r)
 }
 
 func bodyError(err error) error {
@@ -288,13 +289,14 @@ func bodyError(err error) error {
 type replyWriter struct {
 	http.ResponseWriter
 	rc      *http.ResponseController
+	most    time.Duration
 	started bool
 }
 
 func (w *replyWriter) start() {
 	if !w.started {
 		w.started = true
-		_ = w.rc.SetWriteDeadline(time.Now().Add(replyTimeout))
+		_ = w.rc.SetWriteDeadline(time.Now().Add(w.most))
 	}
 }
 
