@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -61,6 +62,9 @@ ca.key can make himself a node: keep it away from all of them.`,
 		var nodes []node
 		for _, arg := range args {
 			name, list, _ := strings.Cut(arg, "=")
+			if slices.ContainsFunc(nodes, func(o node) bool { return o.name == name }) {
+				return usagef("%s is there twice: write all its addresses in one, separated by commas", name)
+			}
 			n := node{name: name}
 			for a := range strings.SplitSeq(list, ",") {
 				addr, err := netip.ParseAddr(a)
@@ -70,6 +74,11 @@ ca.key can make himself a node: keep it away from all of them.`,
 				n.addrs = append(n.addrs, addr)
 			}
 			nodes = append(nodes, n)
+		}
+		for _, n := range nodes { // all or none
+			if err := control.MayIssue(dir, n.name, force); err != nil {
+				return err
+			}
 		}
 		now := time.Now()
 		ca, err := control.OpenAuthority(dir, now, time.Duration(caDays)*day)

@@ -83,12 +83,18 @@ func TestCerts(t *testing.T) {
 		t.Errorf("a certificate was replaced: %+v", got)
 	}
 	r.want(0, `{"dir":"`+dir+`","ca":"`+dir+`/ca.crt","new_ca":false,"nodes":["node-c"]}`+"\n", "certs", "--out", dir, "--force", "node-c=192.0.2.13", "-o", "json")
-	for _, args := range [][]string{{"node-d"}, {"node-d=host"}, {"node-d="}, {"node-d=fe80::1%lo"}, {"--days", "0", "node-d=192.0.2.1"}, {}} {
+	for _, args := range [][]string{{"node-d"}, {"node-d=host"}, {"node-d="}, {"node-d=fe80::1%lo"}, {"--days", "0", "node-d=192.0.2.1"}, {"node-d=192.0.2.1", "node-d=192.0.2.2"}, {}} {
 		if got := r.do(append([]string{"certs", "--out", dir}, args...)...); got.code != 2 {
 			t.Errorf("%v: %+v", args, got)
 		}
 	}
-	if got := r.do("certs", "--out", dir, "../x=192.0.2.1"); got.code != 1 || !strings.Contains(got.err, "not a node's name") {
-		t.Errorf("%+v", got)
+	// All or none: what was wrong with one can be put right and asked again.
+	for _, c := range [][2]string{{"../x=192.0.2.1", "not a node's name"}, {"node-c=192.0.2.13", "--force replaces it"}} {
+		if got := r.do("certs", "--out", dir, "node-d=192.0.2.14", c[0]); got.code != 1 || !strings.Contains(got.err, c[1]) {
+			t.Errorf("%+v", got)
+		}
+		if _, err := os.Stat(filepath.Join(dir, "node-d.key")); err == nil {
+			t.Errorf("beside %s: node-d has a certificate", c[0])
+		}
 	}
 }

@@ -379,6 +379,8 @@ func (s store) prune(app, current, node string, rule config.Snapshots, now time.
 		}
 	}
 	left, _ := filepath.Glob(filepath.Join(s.dir, app, tempPrefix+"*"))
+	half, _ := filepath.Glob(filepath.Join(s.dir, app, "."+tempPrefix+"*")) // see writeAtomic
+	left = append(left, half...)
 	for _, path := range left {
 		name := filepath.Base(path)
 		fi, serr := dir.Lstat(filepath.Join(app, name))
@@ -388,7 +390,7 @@ func (s store) prune(app, current, node string, rule config.Snapshots, now time.
 			}
 			continue
 		}
-		if !strings.HasPrefix(name, tempName(node, "")) && now.Sub(fi.ModTime()) < tempAge {
+		if !strings.HasPrefix(strings.TrimLeft(name, "."), strings.TrimLeft(tempName(node, ""), ".")) && now.Sub(fi.ModTime()) < tempAge {
 			continue // another node may be writing there
 		}
 		err = errors.Join(err, dir.RemoveAll(filepath.Join(app, name)))
@@ -405,7 +407,7 @@ func (s store) writable(app string) error {
 		err = dir.MkdirAll(app, 0o700)
 	}
 	if err == nil {
-		name := filepath.Join(app, ".probe-"+randomHex(4))
+		name := filepath.Join(app, tempName("", randomHex(8))) // what stays goes with a later snapshot
 		if err = writeAtomic(dir, name, make([]byte, 4096), 0o600); err == nil {
 			err = dir.Remove(name)
 		}

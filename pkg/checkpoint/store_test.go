@@ -106,6 +106,29 @@ func TestStorePrune(t *testing.T) {
 	at := func(i int, after time.Duration) time.Time { return stamp(id(i)).Add(after) }
 	try(t, s.prune("redis", id(1), "node-a", config.Snapshots{Keep: 5, MaxAge: config.Duration(time.Hour)}, at(5, time.Hour)))
 	left(other, id(1), id(5), id(6), id(7))
+	// What agents that were killed left of a mark and of a look for room.
+	writeFile(t, filepath.Join(s.dir, "redis", "."+tempName("node-a", "shared.1a2b")), "")
+	writeFile(t, filepath.Join(s.dir, "redis", tempName("", "1a2b")), "")
+	try(t, s.prune("redis", id(1), "node-a", config.Snapshots{Keep: 4}, now))
+	left(tempName("", "1a2b"), other, id(1), id(5), id(6), id(7))
 	try(t, s.prune("redis", id(1), "node-a", config.Snapshots{Keep: 1}, now.Add(tempAge+time.Minute)))
 	left(id(1), id(7))
+}
+
+func TestStoreWritable(t *testing.T) {
+	s := store{filepath.Join(t.TempDir(), "snapshots")}
+	try(t, s.writable("redis"))
+	if entries, err := os.ReadDir(filepath.Join(s.dir, "redis")); err != nil || len(entries) != 0 {
+		t.Errorf("it leaves %v, %v", entries, err)
+	}
+	writeFile(t, filepath.Join(s.dir, "nginx"), "") // in the way
+	if err := s.writable("nginx"); err == nil || !strings.Contains(err.Error(), s.dir) || !strings.Contains(err.Error(), "make it writable") {
+		t.Errorf("%v", err)
+	}
+	if err := os.Symlink(t.TempDir(), filepath.Join(s.dir, "away")); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.writable("away"); err == nil {
+		t.Error("it follows a link out of the store")
+	}
 }

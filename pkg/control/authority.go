@@ -106,19 +106,28 @@ func samePublic(a, b crypto.PublicKey) bool {
 
 var nodeName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$`)
 
-// Issue makes NAME.crt and NAME.key for a node that is dialled at addrs, valid
-// for lifetime, but not longer than the authority. Files that are there are
-// kept unless replace.
-func (a *Authority) Issue(name string, addrs []netip.Addr, now time.Time, lifetime time.Duration, replace bool) error {
+// MayIssue tells what keeps Issue from making a certificate in dir: the name, or
+// files that are there.
+func MayIssue(dir, name string, replace bool) error {
 	if !nodeName.MatchString(name) || name == "ca" {
 		return fmt.Errorf("%q is not a node's name: letters, digits, '-', '_' and '.', not ca", name)
 	}
 	for _, file := range []string{name + ".crt", name + ".key"} {
-		if _, err := os.Lstat(filepath.Join(a.dir, file)); err == nil && !replace {
-			return fmt.Errorf("%s is there already; --force replaces it", filepath.Join(a.dir, file))
+		if _, err := os.Lstat(filepath.Join(dir, file)); err == nil && !replace {
+			return fmt.Errorf("%s is there already; --force replaces it", filepath.Join(dir, file))
 		} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
+	}
+	return nil
+}
+
+// Issue makes NAME.crt and NAME.key for a node that is dialled at addrs, valid
+// for lifetime, but not longer than the authority. Files that are there are
+// kept unless replace.
+func (a *Authority) Issue(name string, addrs []netip.Addr, now time.Time, lifetime time.Duration, replace bool) error {
+	if err := MayIssue(a.dir, name, replace); err != nil {
+		return err
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
