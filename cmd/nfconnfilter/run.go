@@ -109,23 +109,31 @@ func reloads(ctx context.Context, f *files, n *node.Node, log *slog.Logger) {
 			return
 		case <-hup:
 		}
-		r, err := config.Reload(n.Config(), f.load)
-		if err != nil {
-			log.Error("the configuration has faults; the old one stays in force", "error", err)
-			continue
+		if cfg := reload(f, n.Config(), log); cfg != nil {
+			n.SetConfig(cfg)
+			log.Info("configuration read again", "generation", cfg.Generation)
 		}
-		for _, fault := range r.Faults {
-			log.Error("an application's file has faults", "fault", fault.Error())
-		}
-		for app := range r.AppFaults {
-			log.Error("application disabled by its configuration", "app", app)
-		}
-		for _, app := range r.Kept {
-			log.Warn("what was read of the application before stays in force", "app", app)
-		}
-		n.SetConfig(r.Config)
-		log.Info("configuration read again", "generation", r.Generation)
 	}
+}
+
+// reload gives the configuration that is to replace old, nil when old stays in
+// force.
+func reload(f *files, old *config.Config, log *slog.Logger) *config.Config {
+	r, err := config.Reload(old, f.load)
+	if err != nil {
+		log.Error("the configuration has faults; the old one stays in force", "error", err)
+		return nil
+	}
+	for _, fault := range r.Faults {
+		log.Error("an application's file has faults", "fault", fault.Error())
+	}
+	for app := range r.AppFaults {
+		log.Error("application disabled by its configuration", "app", app)
+	}
+	for _, app := range r.Kept {
+		log.Warn("what was read of the application before stays in force", "app", app)
+	}
+	return r.Config
 }
 
 // serveMetrics answers Prometheus where the node's file asks for it.
