@@ -27,15 +27,11 @@ func filterError(err error, app, request string) error {
 		return control.Error(connect.CodeUnavailable, app, "",
 			request+": the filter is not reachable ("+err.Error()+"); start nfconnfilter run")
 	}
-	msg := err.Error()
-	if ce := new(connect.Error); errors.As(err, &ce) {
-		msg = ce.Message()
-	}
 	state, conns := "", []string(nil)
 	if info := control.Info(err); info != nil {
 		state, conns = info.State, info.Connections
 	}
-	return control.Error(connect.CodeOf(err), app, state, request+": "+msg, conns...)
+	return control.Error(connect.CodeOf(err), app, state, request+": "+message(err), conns...)
 }
 
 // failed makes the error of an operation. An error that carries a code keeps

@@ -348,14 +348,7 @@ func (a *agent) handBack(ctx context.Context, app *config.App, old nfconnfilterv
 			return err
 		}
 	}
-	if s, err := a.openSockets(app.Process.Namespace); err == nil {
-		_, err = a.destroyOld(s, app, nil)
-		s.Close()
-		if err != nil {
-			return err
-		}
-	}
-	if err := a.removeVIPs(app); err != nil {
+	if err := a.leave(app); err != nil {
 		return err
 	}
 	err := a.restoreAbort(ctx, app)
@@ -414,10 +407,7 @@ func (a *agent) resumeForeign(op *operation, app *config.App, in *intent, st *pb
 	default:
 		return "", nil, nil
 	}
-	return "its restore is begun anew", func() error {
-		_, err := a.restore(a.root, app.Name, "")
-		return err
-	}, nil
+	return "its restore is begun anew", a.comeBack(app.Name), nil
 }
 
 // settle tells every node that an application was taken over from, and that

@@ -224,7 +224,7 @@ func (a *agent) returned(app string) {
 	delete(a.returning, app)
 }
 
-// comeBack restores here what an earlier agent was about to migrate.
+// comeBack restores here what an earlier agent was about to restore or migrate.
 func (a *agent) comeBack(app string) func() error {
 	return func() error {
 		_, err := a.restore(a.root, app, "")

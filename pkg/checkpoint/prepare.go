@@ -184,6 +184,15 @@ func (a *agent) portsFree(app *config.App) error {
 		return err
 	}
 	defer s.Close()
+	return notTaken(s, app)
+}
+
+// notTaken tells who listens on the application's ports, by sockets of its
+// network namespace.
+func notTaken(s sockets, app *config.App) error {
+	if len(app.IncludePorts) == 0 {
+		return nil
+	}
 	taken, err := s.Listeners(app.VIPs, app.IncludePorts)
 	if err == nil && len(taken) > 0 {
 		err = fmt.Errorf("%s is listened on already by another process; stop that first", taken[0].Local)

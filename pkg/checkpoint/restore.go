@@ -111,7 +111,7 @@ func (a *agent) restoreHeld(op *operation, app *config.App, st *pb.AppStatus, id
 func (r *restoreRun) run() error {
 	steps := []func() error{r.claim, r.place, r.announce, r.clear, r.launch}
 	if r.old != "" && !r.taken { // the filter answers before the addresses come
-		steps = []func() error{r.placeInside, r.announce, r.claim, r.clear, r.launch}
+		steps = []func() error{r.place, r.announce, r.claim, r.clear, r.launch}
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
@@ -194,22 +194,13 @@ func (r *restoreRun) announce() error {
 
 // place gives the application its VIPs where it runs in a network namespace;
 // that may be another one than before. The filter looks where they are when the
-// restore is announced.
+// restore is announced; on the link nobody sees them there.
 func (r *restoreRun) place() error {
 	if r.app.Process.Namespace == "" {
 		return nil
 	}
 	r.op.enter("address")
 	return r.a.addVIPs(&undo{op: r.op}, r.app)
-}
-
-// placeInside has the VIPs in the application's network namespace before the
-// filter looks where they are; on the link nobody sees them there.
-func (r *restoreRun) placeInside() error {
-	if r.app.Process.Namespace == "" {
-		return nil
-	}
-	return r.place()
 }
 
 // clear removes the old sockets: they would swallow the handshakes and keep

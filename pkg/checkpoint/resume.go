@@ -225,10 +225,7 @@ func (a *agent) resumeRestore(op *operation, app *config.App, in *intent, proc p
 	if in.Op == opAbort {
 		return "its restore was undone", nil, nil
 	}
-	return "its restore is begun anew", func() error {
-		_, err := a.restore(a.root, app.Name, "")
-		return err
-	}, nil
+	return "its restore is begun anew", a.comeBack(app.Name), nil
 }
 
 // resumeHeld sees that an application that is held is really gone and its
@@ -257,10 +254,7 @@ func (a *agent) resumeHeld(op *operation, app *config.App, in *intent, proc proc
 			return "its migration was given up, it is restored here", a.comeBack(app.Name), nil
 		}
 	case opRestore:
-		return "its restore is begun anew", func() error {
-			_, err := a.restore(a.root, app.Name, "")
-			return err
-		}, nil
+		return "its restore is begun anew", a.comeBack(app.Name), nil
 	case opStop:
 		if in.Discard {
 			return "its stop is brought to its end", func() error {

@@ -170,14 +170,8 @@ func (a *agent) unregister(ctx context.Context, app string, force bool) error {
 // error the process may run already: it is returned then too.
 func (a *agent) startProcess(op *operation, app *config.App, s sockets) (process, error) {
 	op.enter("process")
-	if len(app.IncludePorts) > 0 {
-		taken, err := s.Listeners(app.VIPs, app.IncludePorts)
-		if err != nil {
-			return nil, err
-		}
-		if len(taken) > 0 {
-			return nil, fmt.Errorf("%s is listened on already by another process; stop that first", taken[0].Local)
-		}
+	if err := notTaken(s, app); err != nil {
+		return nil, err
 	}
 	proc, err := a.launch.start(app)
 	if err != nil {

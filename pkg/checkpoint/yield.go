@@ -89,8 +89,9 @@ func (a *agent) yield(ctx context.Context, m *pb.AgentYieldRequest) (*pb.AgentRe
 }
 
 // leave takes what is left of sockets, and the VIPs, from this node while the
-// filter swallows all that they might still say. The addresses alone went when
-// the taker asked for them: until it has them nobody answers the clients.
+// filter swallows all that they might still say. On the old node the addresses
+// alone went when the taker asked for them: until it has them nobody answers the
+// clients.
 func (a *agent) leave(app *config.App) error {
 	if s, err := a.openSockets(app.Process.Namespace); err == nil { // a namespace that is gone has none
 		_, err = a.destroyOld(s, app, nil)
