@@ -15,6 +15,7 @@ import (
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1/nfconnfilterv1connect"
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
 )
 
 // Service answers nfconnfilter.v1.Filter.
@@ -168,7 +169,7 @@ func (s service) Unregister(ctx context.Context, r *connect.Request[pb.Unregiste
 
 func (s service) SnapshotStart(ctx context.Context, r *connect.Request[pb.SnapshotStartRequest]) (*connect.Response[pb.LearnReply], error) {
 	m := r.Msg
-	b := &filter.SnapshotStart{App: m.App, LeaveOut: m.LeaveOut, Boundary: m.Boundary}
+	b := &filter.SnapshotStart{App: m.App, LeaveOut: m.LeaveOut, Boundary: m.Boundary, Silent: m.Silent}
 	var err error
 	if b.Timeout, err = period("learn_timeout_ms", m.LearnTimeoutMs); err != nil {
 		return nil, s.invalid(m.App, "SNAPSHOTSTART", err)
@@ -219,7 +220,7 @@ func sockets(in []*pb.Socket) ([]filter.Socket, error) {
 			ID: id, Established: k.State == "ESTABLISHED" || k.State == "CLOSE_WAIT", CloseWait: k.State == "CLOSE_WAIT",
 			LocalClosed:  slices.Contains([]string{"FIN_WAIT1", "FIN_WAIT2", "CLOSING", "LAST_ACK"}, k.State),
 			RemoteClosed: k.State == "CLOSING" || k.State == "LAST_ACK",
-			Passive:      k.Passive, SendQueue: k.SendQueue, HasInfo: k.HasInfo,
+			Passive:      k.Passive, Owned: k.Owned, SendQueue: k.SendQueue, HasInfo: k.HasInfo,
 			TS: k.OptTimestamps, SACK: k.OptSack, WScale: k.OptWscale,
 			RemoteScale: uint8(min(k.SndWscale, 14)), LocalScale: uint8(min(k.RcvWscale, 14)), SndMSS: k.SndMss,
 			BytesAcked: k.BytesAcked, BytesReceived: k.BytesReceived,
@@ -264,7 +265,7 @@ func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.Snaps
 		return nil, s.invalid(m.App, "SNAPSHOTFREEZE", err)
 	}
 	b := &filter.SnapshotFreeze{App: m.App, Boundary: m.Boundary, Quiet: quiet, PassCloses: m.PassCloses, AbortOnData: m.AbortOnData,
-		Spool: int(min(m.Spool, maxSpool)), WakeFull: m.WakeFull}
+		Spool: int(min(m.Spool, maxSpool)), WakeFull: m.WakeFull, Silent: m.Silent}
 	for _, h := range m.Heartbeats {
 		every, err := period("interval_ms", h.IntervalMs)
 		p, perr := netip.ParsePrefix(h.Remote)
@@ -281,7 +282,21 @@ func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.Snaps
 }
 
 func (s service) Seal(ctx context.Context, r *connect.Request[pb.SealRequest]) (*connect.Response[pb.AppReply], error) {
-	return s.change(ctx, r.Msg.App, &filter.Seal{App: r.Msg.App})
+	b := &filter.Seal{App: r.Msg.App}
+	for _, k := range r.Msg.Image {
+		id, err := connID(k.Local, k.Remote)
+		if err != nil {
+			return nil, s.invalid(r.Msg.App, "SEAL: image", err)
+		}
+		b.Image = append(b.Image, filter.ImageSocket{
+			ID: id, Passive: k.Passive, LocalClosed: k.LocalClosed, RemoteClosed: k.RemoteClosed,
+			RcvNxt: seqnum.Value(k.RcvNxt), SndUna: seqnum.Value(k.SndUna), SndNxt: seqnum.Value(k.SndNxt), Unread: k.Unread,
+			TS: k.OptTimestamps, SACK: k.OptSack, WScale: k.OptWscale, ECN: k.OptEcn,
+			RemoteScale: uint8(min(k.SndWscale, 14)), LocalScale: uint8(min(k.RcvWscale, 14)), TSVal: k.Tsval,
+			MSS: uint16(min(k.Mss, 65535)), RemoteWnd: k.RemoteWindow, LocalWnd: k.LocalWindow, LocalWup: seqnum.Value(k.LocalWup),
+		})
+	}
+	return s.change(ctx, r.Msg.App, b)
 }
 
 func (s service) SnapshotDone(ctx context.Context, r *connect.Request[pb.SnapshotDoneRequest]) (*connect.Response[pb.AppReply], error) {
@@ -374,7 +389,7 @@ func (s service) GetConnInfo(ctx context.Context, r *connect.Request[pb.GetConnI
 			BytesIn: c.BytesIn, BytesOut: c.BytesOut, Translated: c.Translated, WindowClosed: c.Closed,
 			Frozen: c.Frozen, Sealed: c.Sealed, Learned: c.Learned, UnackedOut: c.Unacked, KeptBytes: c.Kept,
 			DeliveredIn: c.BytesIn, DiscardedOut: c.Discarded, LocalIdleMs: millis(c.LocalIdle), Missing: c.Missing,
-			SndNxt: c.SndNxt, RcvNxt: c.RcvNxt, Restorable: c.Restorable, RemoteClosed: c.RemoteClosed,
+			SndNxt: c.SndNxt, RcvNxt: c.RcvNxt, Restorable: c.Restorable, RemoteClosed: c.RemoteClosed, Image: c.Image,
 			SegmentsIn: c.SegmentsIn, SegmentsOut: c.SegmentsOut, Answered: c.Answered,
 			SentToRemote: c.ToRemote, SentToLocal: c.ToLocal, KeptSegments: c.KeptSegments,
 			RemoteIdleMs: millis(c.RemoteIdle), Reasons: reasonsOf(c.Reasons),

@@ -54,6 +54,7 @@ const (
 
 	KindSyn      = "syn"      // passive: a handshake towards the listen port
 	KindActivate = "activate" // active: the next connect of local is answered
+	KindImage    = "image"    // its socket was restored with the process
 )
 
 // What Yield asks of the old node.

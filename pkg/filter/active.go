@@ -113,7 +113,7 @@ func (e *Engine) synAckIn(now Time, c *conn, s *packet.Segment, fx *Effects) {
 func (a *app) expect() {
 	a.expected = map[flowKey][]*conn{}
 	for _, c := range a.conns {
-		if c.role == appstate.Active && c.restorable() {
+		if c.role == appstate.Active && c.restorable() && !c.image {
 			k := flowKey{c.id.Remote, c.id.Local.Addr()}
 			a.expected[k] = append(a.expected[k], c)
 		}

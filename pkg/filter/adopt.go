@@ -31,7 +31,7 @@ func (e *Engine) adopt(now Time, b *Adopt, a *app, fx *Effects) *Result {
 	}
 	before := len(a.conns)
 	for i := range b.Sockets {
-		e.listed(now, a, &b.Sockets[i], fx)
+		e.listed(now, a, &b.Sockets[i], false, fx)
 	}
 	res.Adopted = len(a.conns) - before
 	return res

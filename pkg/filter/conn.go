@@ -121,6 +121,17 @@ type conn struct {
 	hsMSS     uint16       // that local announced, 0: none
 	forwarded bool         // local is in a network namespace behind the node
 
+	// In an image.
+	half    bool         // local has closed its side alone, and its socket is a process's
+	image   bool         // its socket is in the image
+	imgUna  seqnum.Value // local's own numbers: acknowledged,
+	imgSnd  seqnum.Value // at what the remote expects next,
+	imgRcv  seqnum.Value // next to be received
+	said    [][]byte     // by the restored socket before RESTORED
+	floored bool         // floor is known
+	floor   seqnum.Value // local's octets below it are not to be translated
+	brief   bool         // it is translated only until local has what was kept
+
 	marked, saved bool // to be recorded at the end of the step; recorded
 	reloaded      bool // taken up from an earlier filter, and not opened since
 	silent        bool // which had seen nothing of local since its SYN-ACK
@@ -156,12 +167,12 @@ func (c *conn) parked() {
 	c.app.derive = true
 	defer func() { c.app.derive = false }()
 	c.frozen, c.sealed = true, true
-	c.hole = c.lost() > 0                                                                   // only by force
+	c.hole = !c.image && c.lost() > 0                                                       // only by force
 	if c.translated && c.saidAll && c.sendQueue == 1 && c.ep.SndUna.Add(1) == c.ep.SndNxt { // what is missing is the FIN
 		c.finOutEnd = c.ep.SndNxt
 	}
-	c.lingers = c.lingers || c.lostFin()
-	if c.state == appstate.Connect && c.alive() || c.state == appstate.Closing && !c.finOut {
+	c.lingers = c.lingers || !c.half && c.lostFin()
+	if c.state == appstate.Connect && c.alive() || c.state == appstate.Closing && (!c.finOut || c.half) {
 		c.set(appstate.ConnectRmt)
 	}
 }
@@ -186,7 +197,7 @@ func (c *conn) alive() bool {
 	case appstate.ConnectRmt, appstate.Restoring:
 		return true
 	case appstate.Closing: // the remote closed, local still speaks
-		return c.finIn && !c.finOut
+		return c.finIn && !c.finOut || c.half
 	}
 	return false
 }
@@ -224,7 +235,7 @@ func (b *bucket) take(now Time) bool {
 // order. Who cannot know the connection's numbers has a budget of its own, so
 // that a flood of guesses does not use up the answers to keepalives.
 func (c *conn) token(now Time, s *packet.Segment) bool {
-	if s.Ack == c.ep.SndNxt && s.Seq.InRange(c.ep.RcvNxt.Add(^uint32(0)), c.ep.Edge.Max(c.ep.RcvNxt).Add(1)) {
+	if s.Ack == c.ep.Next() && s.Seq.InRange(c.ep.RcvNxt.Add(^uint32(0)), c.ep.Edge.Max(c.ep.RcvNxt).Add(1)) {
 		return c.exact.take(now)
 	}
 	return c.strange.take(now)
@@ -495,6 +506,12 @@ func (c *conn) missing(now Time) string {
 	switch {
 	case c.refused != "":
 		return c.refused
+	case c.app.silent && c.app.imaged:
+		return "" // SEAL has compared it
+	case c.app.silent && c.alive():
+		return "it was not compared with the image yet"
+	case c.app.silent:
+		return ""
 	case c.spooled && !c.sealed && c.learned:
 		return fmt.Sprintf("%d octets that came while local was away are not taken by it yet", len(c.kept))
 	case c.state == appstate.Closing && c.finOut:

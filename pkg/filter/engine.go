@@ -108,6 +108,8 @@ type app struct {
 
 	behind      bool // it is in a network namespace behind the node
 	sealed      bool
+	silent      bool // the snapshot is by an image: nothing is told to local
+	imaged      bool // and SEAL has compared the two
 	restarted   bool // the filter was, in the freeze, and nothing is sealed yet
 	passCloses  bool // until the seal
 	abortOnData bool
@@ -407,6 +409,7 @@ func (e *Engine) remove(c *conn, fx *Effects) {
 		fx.Records = append(fx.Records, Record{ID: c.id})
 	}
 	e.unkeep(c)
+	e.unsay(c)
 	e.setPort(c, 0)
 	c.answered()
 	a.bytesIn += c.bytesIn

@@ -31,7 +31,7 @@ const ownMost = 16 << 10
 func (c *conn) beats() bool {
 	s := c.app.state
 	return len(c.app.heartbeats) > 0 && !c.hsStarted && (s == appstate.SnapshotDone || s == appstate.RestoreStart) &&
-		c.state == appstate.ConnectRmt && c.learned && !c.hole
+		c.state == appstate.ConnectRmt && c.learned && !c.hole && (!c.image || !c.half && c.lost() == 0)
 }
 
 // heartbeat takes the segment at hand, octets at RCV.NXT, if it is a whole
@@ -131,7 +131,7 @@ func (e *Engine) say(now Time, c *conn, p []byte, fx *Effects) {
 	}
 	sp := c.ep.Ack()
 	sp.Flags |= packet.PSH
-	sp.Payload = p
+	sp.Seq, sp.Payload = c.ep.SndNxt, p
 	fx.send(&sp, false)
 	c.own = append(c.own, p...)
 	c.ep.SndNxt = c.ep.SndNxt.Add(uint32(len(p)))

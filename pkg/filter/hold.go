@@ -58,7 +58,7 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 			return
 		}
 		// Both sides and acknowledged, or before anything was captured; but not while local still works on its end.
-		ended := c.state == appstate.Closing && c.finOut && (c.learned && c.finIn && c.finOutEnd.LessEq(c.ep.SndUna) || !c.learned && a.sealed)
+		ended := c.state == appstate.Closing && c.finOut && !c.half && (c.learned && c.finIn && c.finOutEnd.LessEq(c.ep.SndUna) || !c.learned && a.sealed)
 		switch {
 		case c.state == appstate.Rst && c.hsStarted:
 			fx.drop(HeldRstIgnored) // local is to be told first; it comes again
@@ -87,7 +87,7 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 		fx.drop(HeldUnknown)
 		return
 	}
-	if c.state == appstate.Closing && c.finOut {
+	if c.state == appstate.Closing && c.finOut && !c.half {
 		e.heldClosing(now, c, fx)
 		return
 	}

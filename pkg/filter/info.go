@@ -23,6 +23,7 @@ type ConnInfo struct {
 	Missing                                 string
 	SndNxt, RcvNxt                          uint32
 	Restorable, RemoteClosed, Reestablished bool
+	Image                                   bool // its socket is in the image
 	ConnStats
 }
 
@@ -45,7 +46,7 @@ func (e *Engine) connInfo(now Time, b *GetConnInfo) (any, error) {
 			Translated: c.translated, Closed: c.ep.Closed, Frozen: c.frozen, Sealed: c.sealed,
 			Learned: c.learned, Kept: uint32(len(c.kept)), Discarded: c.discarded, LocalIdle: -1,
 			SndNxt: uint32(c.ep.SndNxt), RcvNxt: uint32(c.ep.RcvNxt),
-			Restorable: c.restorable(), RemoteClosed: c.finIn, Reestablished: c.hsDone,
+			Restorable: c.restorable(), RemoteClosed: c.finIn, Reestablished: c.hsDone, Image: c.image,
 			ConnStats: c.statistics(now, b.Reasons),
 		}
 		if c.tr.Port != 0 {

@@ -22,6 +22,7 @@ func (c *conn) prepare(now Time) {
 		c.learned, c.inKnown, c.rcvKnown = false, false, c.handshake && now-c.created <= young
 	}
 	c.listed, c.frozen, c.sealed, c.confirmed, c.localGone = false, false, false, false, false
+	c.half, c.image, c.floored, c.ep.Behind = false, false, false, false
 	c.asks, c.askFrom, c.askAt, c.discarded, c.fwd = 0, 0, 0, 0, false
 	c.sendQueue, c.saidAll, c.ackedOK = 0, false, false
 	c.last, c.lastIn, c.lastOut = nobody, 0, 0
@@ -35,7 +36,7 @@ func (c *conn) prepare(now Time) {
 }
 
 // listed takes what sock_diag tells of one connection.
-func (e *Engine) listed(now Time, a *app, s *Socket, fx *Effects) {
+func (e *Engine) listed(now Time, a *app, s *Socket, silent bool, fx *Effects) {
 	if !s.Established && !s.LocalClosed || !a.wants(s.ID) || e.byVIP[s.ID.Local.Addr()] != a {
 		return
 	}
@@ -61,7 +62,7 @@ func (e *Engine) listed(now Time, a *app, s *Socket, fx *Effects) {
 		return
 	}
 	if s.LocalClosed { // its FIN may wait behind octets, unsent and unseen
-		c.listed = true
+		c.listed, c.half = true, silent && s.Owned && !s.RemoteClosed
 		c.closedQueue(s)
 		switch {
 		case !c.translated: // of those every FIN that was sent is known
@@ -187,6 +188,7 @@ func (e *Engine) learnedAll(now Time, p *pending, b *SnapshotStart, fx *Effects)
 		case !c.alive():
 		case c.refused != "":
 			lacking = append(lacking, fmt.Sprintf("%v %v: %s", c.id.Local, c.id.Remote, c.refused))
+		case !c.learned && b.Silent: // the image tells
 		case !c.learned:
 			if now < p.deadline {
 				return false

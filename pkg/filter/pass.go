@@ -369,7 +369,11 @@ func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *E
 		e.handshakeOut(c, p.Hook, fx)
 		return
 	}
-	if a.sealed && a.state != appstate.SnapshotFreeze && !c.fresh && !s.Has(packet.SYN) { // it was on its way behind routing
+	if c.silentFor(a, s) && a.state != appstate.SnapshotFreeze { // it was on its way behind routing
+		e.silentOut(now, a, c, fx)
+		return
+	}
+	if a.sealed && a.state != appstate.SnapshotFreeze && !c.fresh && !s.Has(packet.SYN) {
 		e.sealedOut(now, c, fx)
 		return
 	}
@@ -416,6 +420,10 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 		fx.drop(AskAnswer)
 		return
 	}
+	if c.belowFloor(s) {
+		e.tellAgain(c, fx)
+		return
+	}
 	c.tr.Outbound(s, c.id.Local.Port(), &c.edge)
 	if c.spooled && s.Has(packet.ACK) && !c.app.sealed {
 		e.spoolTaken(now, c, s.Ack, s.Ack.Add(uint32(s.Window)<<c.ep.Opt.LocalScale), fx)
@@ -440,7 +448,9 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 	fx.modified(Translated, s.Raw())
 	if s.Has(packet.RST) {
 		e.remove(c, fx)
+		return
 	}
+	e.unburden(c, fx)
 }
 
 // unknownOut notes a connection that local opens, or passes what is not known.

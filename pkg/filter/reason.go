@@ -69,6 +69,8 @@ const (
 	HeldSpooled
 	PortTaken
 	HandedOver // another node has the structures
+	SealedSilent
+	RestoredKept // until RESTORED
 	numReasons
 )
 
@@ -84,7 +86,7 @@ var reasonNames = [...]string{
 	"held-rst-ignored", "held-syn-kept", "held-syn-limited", "held-syn-refused", "held-unknown", "held-icmp",
 	"sealed-fin", "sealed-rst", "sealed-ack", "sealed-data", "sealed-unknown", "handshake-ack",
 	"handshake-refused", "not-open-yet", "syn-caught", "held-heartbeat", "held-heartbeat-late", "held-spooled", "port-taken",
-	"handed-over",
+	"handed-over", "sealed-silent", "restored-kept",
 }
 
 func (r Reason) String() string { return reasonNames[r] }

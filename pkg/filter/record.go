@@ -44,6 +44,8 @@ type AppRecord struct {
 	Yielding bool   `cbor:"25,keyasint,omitempty"` // in BLOCKDATA: the taker may not have it yet
 	Term     uint64 `cbor:"26,keyasint,omitempty"` // how many handovers led to it
 	From     uint64 `cbor:"27,keyasint,omitempty"` // Term of the one that brought it here
+	Silent   bool   `cbor:"28,keyasint,omitempty"` // the snapshot is by an image
+	Imaged   bool   `cbor:"29,keyasint,omitempty"`
 }
 
 // ConnRecord is what of a connection must outlive the filter while its
@@ -115,6 +117,15 @@ type ConnRecord struct {
 	SendQueue uint32 `cbor:"53,keyasint,omitempty"` // unacknowledged, of a local side that had closed
 	SaidAll   bool   `cbor:"54,keyasint,omitempty"` // it had when the snapshot began
 	Lingers   bool   `cbor:"55,keyasint,omitempty"` // the filter repeats local's FIN
+
+	Image   bool         `cbor:"71,keyasint,omitempty"` // its socket is in the image
+	Half    bool         `cbor:"72,keyasint,omitempty"`
+	ImgUna  seqnum.Value `cbor:"73,keyasint,omitempty"`
+	ImgSnd  seqnum.Value `cbor:"74,keyasint,omitempty"`
+	ImgRcv  seqnum.Value `cbor:"75,keyasint,omitempty"`
+	Floored bool         `cbor:"76,keyasint,omitempty"`
+	Floor   seqnum.Value `cbor:"77,keyasint,omitempty"`
+	Brief   bool         `cbor:"78,keyasint,omitempty"`
 
 	// What follows is only for the filter of another node.
 
@@ -227,6 +238,7 @@ func (a *app) record() *AppRecord {
 		Spool: a.spool, WakeFull: a.wakeFull, Heartbeats: a.heartbeats,
 		BytesIn: a.bytesIn, BytesOut: a.bytesOut,
 		OldNode: a.oldNode, TakenBy: a.takenBy, Foreign: a.foreign, Yielding: a.yielding, Term: a.term, From: a.from,
+		Silent: a.silent, Imaged: a.imaged,
 	}
 }
 
@@ -252,6 +264,7 @@ func (c *conn) recordIn(r *ConnRecord) {
 		HsIRS: c.hsIRS, Translated: c.translated, Tr: c.tr, CloseWait: c.closeWait, Shut: c.shut,
 		Spooled: c.spooled, KeptAt: c.keptAt, KeptFin: c.spooled && c.keptFin, Closed: c.spooled && ep.Closed, Own: c.own, OwnEnd: c.ownEnd,
 		Bound: c.bound, Bounded: c.bounded,
+		Image: c.image, Half: c.half, ImgUna: c.imgUna, ImgSnd: c.imgSnd, ImgRcv: c.imgRcv, Floored: c.floored, Floor: c.floor, Brief: c.brief,
 		SaidAll: c.saidAll, Lingers: c.lingers, Silent: c.handshake && c.spokeAt == 0 && (!c.reloaded || c.silent),
 	}
 	switch {
@@ -298,7 +311,8 @@ func (e *Engine) loadApp(r *AppRecord) {
 		includeNets: r.IncludeAddresses, excludeNets: r.ExcludeAddrs, snapID: r.SnapshotID, listen: r.Listen,
 		quiet: cmp.Or(r.Quiet, 50e6), sealed: r.Sealed, passCloses: r.PassCloses, abortOnData: r.AbortOnData, wake: r.Wake, wakeWhy: HeldData,
 		bytesIn: r.BytesIn, bytesOut: r.BytesOut, spool: r.Spool, wakeFull: r.WakeFull, heartbeats: r.Heartbeats,
-		oldNode: r.OldNode, takenBy: r.TakenBy, foreign: r.Foreign, yielding: r.Yielding, yieldedIn: appstate.SnapshotDone, term: r.Term, from: r.From}
+		oldNode: r.OldNode, takenBy: r.TakenBy, foreign: r.Foreign, yielding: r.Yielding, yieldedIn: appstate.SnapshotDone, term: r.Term, from: r.From,
+		silent: r.Silent, imaged: r.Imaged}
 	e.enter(a)
 	a.state = r.State
 	a.before = r.State
@@ -332,6 +346,11 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	c.finOwed, c.hole = r.FinOwed, r.Hole
 	c.hsIRS, c.tr, c.translated, c.closeWait, c.shut = r.HsIRS, r.Tr, r.Translated, r.CloseWait, r.Shut
 	c.saved, c.reloaded, c.silent, c.lingers = true, true, r.Silent, r.Lingers
+	c.image, c.half, c.imgUna, c.imgSnd, c.imgRcv = r.Image, r.Half, r.ImgUna, r.ImgSnd, r.ImgRcv
+	c.floored, c.floor, c.brief = r.Floored, r.Floor, r.Brief
+	if c.ep.Behind = r.Image; a.silent && a.state == appstate.SnapshotFreeze {
+		c.silence()
+	}
 	if c.state == appstate.SynSent {
 		c.opening(now)
 	}
@@ -350,7 +369,7 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 		a.translated++
 		e.flows[flowKey{c.id.Remote, c.id.Local.Addr()}]++
 	}
-	if a.state == appstate.SnapshotFreeze && a.sealed && c.alive() {
+	if a.state == appstate.SnapshotFreeze && a.sealed && !a.silent && c.alive() {
 		c.localGone = true // an answer to its last words may have left
 		c.goneAway()
 	}

@@ -34,6 +34,7 @@ type (
 		LeaveOut bool   // reset what cannot be learned instead of refusing
 		Boundary string // of the freeze that follows: what remotes say is followed from now on
 		Quiet    Time   // of the freeze, default 50 ms
+		Silent   bool   // of the freeze: what is not learned the image tells
 	}
 	// Adopt makes connections known that are older than the filter, and forgets
 	// translated ones whose local socket is gone.
@@ -56,6 +57,9 @@ type (
 		// Octets that come for a frozen connection give the snapshot up: SEAL is
 		// refused then.
 		AbortOnData bool
+		// The process is dumped with its sockets: nothing passes from now on, in either
+		// direction, and nothing is told to local. SEAL is to bring the image.
+		Silent bool
 		// While the application is away: octets of each connection that are
 		// acknowledged and kept, whether the first of them wakes the application or
 		// the last that has room, and the heartbeats that are spoken.
@@ -64,7 +68,10 @@ type (
 		Heartbeats []Heartbeat
 	}
 	// Seal stops everything from local to the remotes.
-	Seal struct{ App string }
+	Seal struct {
+		App   string
+		Image []ImageSocket // all of a silent freeze
+	}
 	// SnapshotDone tells that the application is gone and stored under ID.
 	SnapshotDone struct {
 		App, ID string
@@ -83,7 +90,7 @@ type (
 	RestoreConn struct {
 		App   string
 		Conns []ConnID
-		Kind  string // "syn" or "activate"
+		Kind  string // "syn", "activate", or "image": their sockets are there again
 	}
 	// Restored opens all connections.
 	Restored struct {
@@ -107,6 +114,7 @@ type Socket struct {
 	ID                        ConnID
 	Established               bool // ESTABLISHED or CLOSE_WAIT
 	CloseWait                 bool
+	Owned                     bool // a process has it
 	LocalClosed               bool // FIN_WAIT1, FIN_WAIT2, CLOSING or LAST_ACK: its stack may still have octets to send
 	RemoteClosed              bool // of these: CLOSING, LAST_ACK
 	Passive                   bool
@@ -303,6 +311,10 @@ func (e *Engine) apply(now Time, r *Request, a *app, fx *Effects) (res any, err 
 	case *SnapshotFreeze:
 		res, err = e.snapshotFreeze(now, b, a, fx)
 	case *Seal:
+		if a.silent {
+			res, err = e.sealImage(now, b, a, fx)
+			break
+		}
 		return e.seal(now, r, b, a)
 	case *SnapshotDone:
 		res, err = e.snapshotDone(now, b, a, fx)

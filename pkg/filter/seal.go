@@ -10,6 +10,10 @@ import (
 // frozen.
 func (e *Engine) awayOut(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effects) {
 	s := &e.seg
+	if c.silentFor(a, s) {
+		e.silentOut(now, a, c, fx)
+		return
+	}
 	if c != nil && c.fresh {
 		fx.accept(Pass)
 		c.observeOut(now, s, false)

@@ -42,7 +42,7 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 		}
 	}
 	for i := range b.Sockets {
-		e.listed(now, a, &b.Sockets[i], fx)
+		e.listed(now, a, &b.Sockets[i], b.Silent, fx)
 	}
 	for _, c := range a.conns { // in TIME_WAIT or gone: local had everything acknowledged
 		c.saidAll = c.saidAll || b.Sockets != nil && !c.listed && c.finOut && now-c.created > young
@@ -67,7 +67,10 @@ func (e *Engine) snapshotFreeze(now Time, b *SnapshotFreeze, a *app, fx *Effects
 	a.quiet = cmp.Or(b.Quiet, defaultQuiet)
 	a.froze, a.passCloses, a.abortOnData = now, b.PassCloses, b.AbortOnData
 	a.spool, a.wakeFull, a.heartbeats = max(b.Spool, 0), b.WakeFull, slices.Clone(b.Heartbeats)
-	if b.Boundary == boundaryNow {
+	switch {
+	case b.Silent:
+		e.silence(now, a)
+	case b.Boundary == boundaryNow:
 		a.freezeAll()
 	}
 	for _, c := range a.conns {
@@ -216,8 +219,10 @@ func (e *Engine) snapshotAbort(now Time, a *app, fx *Effects) (any, error) {
 // backToRestored lets the application go on after a snapshot that was given
 // up: kept octets are handed to the same local side and windows open again.
 func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
+	a.silent, a.imaged = false, false
 	for i := len(a.conns) - 1; i >= 0; i-- {
 		c := a.conns[i]
+		c.image, c.half, c.ep.Behind = false, false, false
 		if c.localGone && c.state == appstate.ConnectRmt { // local has reset it, the remote has not been told
 			e.dismiss(c, fx)
 			continue
@@ -361,7 +366,9 @@ func (e *Engine) restoring(now Time, a *app, fx *Effects) *Result {
 	for _, c := range a.conns {
 		c.hsDone, c.hsStarted, c.hsError, c.hsRsts = false, false, "", 0
 		c.activate = false
-		fx.Untrack = append(fx.Untrack, c.socketID())
+		if !c.image { // its connection tracking goes on as its socket does
+			fx.Untrack = append(fx.Untrack, c.socketID())
+		}
 	}
 	if !a.foreign {
 		a.probe(now, fx)
@@ -386,16 +393,22 @@ func (a *app) probe(now Time, fx *Effects) {
 
 func (e *Engine) restoreConn(now Time, b *RestoreConn, a *app, fx *Effects) (any, error) {
 	activate := b.Kind == "activate"
-	if b.Kind != "syn" && !activate {
-		return nil, fmt.Errorf("%w: kind %q of RESTORECONN; it is \"syn\" or \"activate\"", ErrInvalid, b.Kind)
+	if b.Kind != "syn" && b.Kind != "image" && !activate {
+		return nil, fmt.Errorf("%w: kind %q of RESTORECONN; it is \"syn\", \"activate\" or \"image\"", ErrInvalid, b.Kind)
 	}
 	a.probe(now, fx)
 	res := a.result()
+	if b.Kind == "image" {
+		res.Notes = e.imagesBack(a, b.Conns)
+		return res, nil
+	}
 	for _, id := range b.Conns {
 		c := e.conns[id]
 		switch {
 		case c == nil || c.app != a:
 			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: no such connection", id.Local, id.Remote))
+		case c.image:
+			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: its socket is in the image, it comes back with that", id.Local, id.Remote))
 		case activate && c.role == appstate.Active:
 			c.activate = true
 		case activate:
@@ -437,6 +450,8 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 		switch {
 		case c.fresh:
 			c.fresh = false // one that runs
+		case c.image && c.hsDone:
+			e.openImage(now, c, fx)
 		case c.turned:
 			res.Notes = append(res.Notes, fmt.Sprintf("%v %v: reset, the application accepted it and reset it %d times", c.id.Local, c.id.Remote, c.hsRsts))
 			e.dismiss(c, fx)
@@ -460,7 +475,7 @@ func (e *Engine) finishRestore(now Time, b *Restored, a *app, fx *Effects) (any,
 	}
 	a.setVIP(fx, false, SetAway)
 	a.sealed, a.wake, a.wakeAt, a.expected = false, false, 0, nil
-	a.foreign, a.from = false, 0
+	a.foreign, a.from, a.silent, a.imaged = false, 0, false, false
 	a.set(appstate.Restored, fx, fmt.Sprintf("%d connections re-established", len(a.conns)))
 	a.settle(fx)
 	e.handSyns(now, a, fx)
@@ -478,6 +493,7 @@ func (e *Engine) undoRestore(a *app, fx *Effects) {
 			continue
 		}
 		e.undoHandshake(c)
+		e.unsay(c)
 		if c.turned { // the next process may want it
 			c.turned = false
 			c.set(appstate.ConnectRmt)

@@ -37,6 +37,7 @@ type Endpoint struct {
 	Window uint16       // field last announced, in units of Opt.LocalScale
 	Edge   seqnum.Value // right edge last announced with an open window
 	Closed bool         // the window was closed by us
+	Behind bool         // what lies between SND.UNA and SND.NXT may have been lost: the remote expects SND.UNA
 
 	RemoteWnd  uint32 // octets, the largest that the remote announced
 	RemoteLast uint16 // window field that the remote announced last, in units of Opt.RemoteScale
@@ -200,7 +201,7 @@ func (e *Endpoint) Extend() {
 // given (behaviour of a quiet, living peer).
 func (e *Endpoint) Ack() packet.Spec {
 	sp := packet.Spec{
-		Src: e.Local, Dst: e.Remote, Seq: e.SndNxt, Ack: e.RcvNxt,
+		Src: e.Local, Dst: e.Remote, Seq: e.Next(), Ack: e.RcvNxt,
 		Flags: packet.ACK, Window: e.Window,
 	}
 	if e.Closed {
@@ -212,18 +213,26 @@ func (e *Endpoint) Ack() packet.Spec {
 	return sp
 }
 
-// Probe describes an empty segment below SND.NXT: a living remote answers it
+// Next is the number that the remote expects.
+func (e *Endpoint) Next() seqnum.Value {
+	if e.Behind {
+		return e.SndUna
+	}
+	return e.SndNxt
+}
+
+// Probe describes an empty segment below that number: a living remote answers it
 // with an acknowledgement, a dead one with RST (RFC 9293 section 3.8.4).
 func (e *Endpoint) Probe() packet.Spec {
 	sp := e.Ack()
-	sp.Seq = e.SndNxt.Add(^uint32(0))
+	sp.Seq = sp.Seq.Add(^uint32(0))
 	return sp
 }
 
 // Rst describes the reset that a held remote accepts.
 func (e *Endpoint) Rst() packet.Spec {
 	return packet.Spec{
-		Src: e.Local, Dst: e.Remote, Seq: e.SndNxt, Ack: e.RcvNxt,
+		Src: e.Local, Dst: e.Remote, Seq: e.Next(), Ack: e.RcvNxt,
 		Flags: packet.RST | packet.ACK,
 	}
 }

@@ -454,6 +454,7 @@ type Socket struct {
 	LastDataSentMs uint32                 `protobuf:"varint,18,opt,name=last_data_sent_ms,json=lastDataSentMs,proto3" json:"last_data_sent_ms,omitempty"` // ms ago
 	LastDataRecvMs uint32                 `protobuf:"varint,19,opt,name=last_data_recv_ms,json=lastDataRecvMs,proto3" json:"last_data_recv_ms,omitempty"` // ms ago
 	RcvSpace       uint32                 `protobuf:"varint,20,opt,name=rcv_space,json=rcvSpace,proto3" json:"rcv_space,omitempty"`
+	Owned          bool                   `protobuf:"varint,21,opt,name=owned,proto3" json:"owned,omitempty"` // a process has it: it is not an orphan, nor waits to be accepted
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -628,6 +629,13 @@ func (x *Socket) GetRcvSpace() uint32 {
 	return 0
 }
 
+func (x *Socket) GetOwned() bool {
+	if x != nil {
+		return x.Owned
+	}
+	return false
+}
+
 type AdoptRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	App   string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
@@ -778,8 +786,10 @@ type SnapshotStartRequest struct {
 	LeaveOut bool `protobuf:"varint,5,opt,name=leave_out,json=leaveOut,proto3" json:"leave_out,omitempty"`
 	// The boundary and the silence of the SNAPSHOTFREEZE that follows: for "line"
 	// and "resp" what remotes say is followed from now on.
-	Boundary      string `protobuf:"bytes,6,opt,name=boundary,proto3" json:"boundary,omitempty"`
-	QuietMs       int64  `protobuf:"varint,7,opt,name=quiet_ms,json=quietMs,proto3" json:"quiet_ms,omitempty"`
+	Boundary string `protobuf:"bytes,6,opt,name=boundary,proto3" json:"boundary,omitempty"`
+	QuietMs  int64  `protobuf:"varint,7,opt,name=quiet_ms,json=quietMs,proto3" json:"quiet_ms,omitempty"`
+	// Of the freeze that follows. What is not learned by then the image tells.
+	Silent        bool `protobuf:"varint,8,opt,name=silent,proto3" json:"silent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -861,6 +871,13 @@ func (x *SnapshotStartRequest) GetQuietMs() int64 {
 		return x.QuietMs
 	}
 	return 0
+}
+
+func (x *SnapshotStartRequest) GetSilent() bool {
+	if x != nil {
+		return x.Silent
+	}
+	return false
 }
 
 type LearnReply struct {
@@ -948,8 +965,11 @@ type SnapshotFreezeRequest struct {
 	// acknowledged and kept for it; 0: none.
 	Spool uint32 `protobuf:"varint,6,opt,name=spool,proto3" json:"spool,omitempty"`
 	// Only a full spool, or a remote that closes, wakes; otherwise the first byte.
-	WakeFull      bool         `protobuf:"varint,7,opt,name=wake_full,json=wakeFull,proto3" json:"wake_full,omitempty"`
-	Heartbeats    []*Heartbeat `protobuf:"bytes,8,rep,name=heartbeats,proto3" json:"heartbeats,omitempty"`
+	WakeFull   bool         `protobuf:"varint,7,opt,name=wake_full,json=wakeFull,proto3" json:"wake_full,omitempty"`
+	Heartbeats []*Heartbeat `protobuf:"bytes,8,rep,name=heartbeats,proto3" json:"heartbeats,omitempty"`
+	// The process is dumped with its sockets: from now on nothing passes in either
+	// direction and nothing is told to local. SEAL is to bring the image.
+	Silent        bool `protobuf:"varint,9,opt,name=silent,proto3" json:"silent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1040,9 +1060,19 @@ func (x *SnapshotFreezeRequest) GetHeartbeats() []*Heartbeat {
 	return nil
 }
 
+func (x *SnapshotFreezeRequest) GetSilent() bool {
+	if x != nil {
+		return x.Silent
+	}
+	return false
+}
+
 type SealRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	App   string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	// Every TCP connection of the image, after a silent freeze. A number that the
+	// filter knows otherwise refuses it.
+	Image         []*ImageSocket `protobuf:"bytes,2,rep,name=image,proto3" json:"image,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1084,6 +1114,210 @@ func (x *SealRequest) GetApp() string {
 	return ""
 }
 
+func (x *SealRequest) GetImage() []*ImageSocket {
+	if x != nil {
+		return x.Image
+	}
+	return nil
+}
+
+// ImageSocket is a TCP socket in the image of a process. Numbers are local's own.
+type ImageSocket struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Local         string                 `protobuf:"bytes,1,opt,name=local,proto3" json:"local,omitempty"`      // IP:port
+	Remote        string                 `protobuf:"bytes,2,opt,name=remote,proto3" json:"remote,omitempty"`    // IP:port
+	Passive       bool                   `protobuf:"varint,3,opt,name=passive,proto3" json:"passive,omitempty"` // the local port has a listener
+	LocalClosed   bool                   `protobuf:"varint,4,opt,name=local_closed,json=localClosed,proto3" json:"local_closed,omitempty"`
+	RemoteClosed  bool                   `protobuf:"varint,5,opt,name=remote_closed,json=remoteClosed,proto3" json:"remote_closed,omitempty"`
+	RcvNxt        uint32                 `protobuf:"varint,6,opt,name=rcv_nxt,json=rcvNxt,proto3" json:"rcv_nxt,omitempty"` // behind the remote's FIN, where it was received
+	SndUna        uint32                 `protobuf:"varint,7,opt,name=snd_una,json=sndUna,proto3" json:"snd_una,omitempty"`
+	SndNxt        uint32                 `protobuf:"varint,8,opt,name=snd_nxt,json=sndNxt,proto3" json:"snd_nxt,omitempty"` // behind all that the process has written, and its FIN
+	Unread        uint32                 `protobuf:"varint,9,opt,name=unread,proto3" json:"unread,omitempty"`               // bytes in the receive queue
+	OptTimestamps bool                   `protobuf:"varint,10,opt,name=opt_timestamps,json=optTimestamps,proto3" json:"opt_timestamps,omitempty"`
+	OptSack       bool                   `protobuf:"varint,11,opt,name=opt_sack,json=optSack,proto3" json:"opt_sack,omitempty"`
+	OptWscale     bool                   `protobuf:"varint,12,opt,name=opt_wscale,json=optWscale,proto3" json:"opt_wscale,omitempty"`
+	OptEcn        bool                   `protobuf:"varint,13,opt,name=opt_ecn,json=optEcn,proto3" json:"opt_ecn,omitempty"`
+	SndWscale     uint32                 `protobuf:"varint,14,opt,name=snd_wscale,json=sndWscale,proto3" json:"snd_wscale,omitempty"` // what the remote announced
+	RcvWscale     uint32                 `protobuf:"varint,15,opt,name=rcv_wscale,json=rcvWscale,proto3" json:"rcv_wscale,omitempty"` // what local announced
+	Tsval         uint32                 `protobuf:"varint,16,opt,name=tsval,proto3" json:"tsval,omitempty"`                          // where local's clock goes on
+	Mss           uint32                 `protobuf:"varint,17,opt,name=mss,proto3" json:"mss,omitempty"`
+	RemoteWindow  uint32                 `protobuf:"varint,18,opt,name=remote_window,json=remoteWindow,proto3" json:"remote_window,omitempty"` // bytes
+	LocalWindow   uint32                 `protobuf:"varint,19,opt,name=local_window,json=localWindow,proto3" json:"local_window,omitempty"`    // bytes, from local_wup on
+	LocalWup      uint32                 `protobuf:"varint,20,opt,name=local_wup,json=localWup,proto3" json:"local_wup,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageSocket) Reset() {
+	*x = ImageSocket{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageSocket) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageSocket) ProtoMessage() {}
+
+func (x *ImageSocket) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageSocket.ProtoReflect.Descriptor instead.
+func (*ImageSocket) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ImageSocket) GetLocal() string {
+	if x != nil {
+		return x.Local
+	}
+	return ""
+}
+
+func (x *ImageSocket) GetRemote() string {
+	if x != nil {
+		return x.Remote
+	}
+	return ""
+}
+
+func (x *ImageSocket) GetPassive() bool {
+	if x != nil {
+		return x.Passive
+	}
+	return false
+}
+
+func (x *ImageSocket) GetLocalClosed() bool {
+	if x != nil {
+		return x.LocalClosed
+	}
+	return false
+}
+
+func (x *ImageSocket) GetRemoteClosed() bool {
+	if x != nil {
+		return x.RemoteClosed
+	}
+	return false
+}
+
+func (x *ImageSocket) GetRcvNxt() uint32 {
+	if x != nil {
+		return x.RcvNxt
+	}
+	return 0
+}
+
+func (x *ImageSocket) GetSndUna() uint32 {
+	if x != nil {
+		return x.SndUna
+	}
+	return 0
+}
+
+func (x *ImageSocket) GetSndNxt() uint32 {
+	if x != nil {
+		return x.SndNxt
+	}
+	return 0
+}
+
+func (x *ImageSocket) GetUnread() uint32 {
+	if x != nil {
+		return x.Unread
+	}
+	return 0
+}
+
+func (x *ImageSocket) GetOptTimestamps() bool {
+	if x != nil {
+		return x.OptTimestamps
+	}
+	return false
+}
+
+func (x *ImageSocket) GetOptSack() bool {
+	if x != nil {
+		return x.OptSack
+	}
+	return false
+}
+
+func (x *ImageSocket) GetOptWscale() bool {
+	if x != nil {
+		return x.OptWscale
+	}
+	return false
+}
+
+func (x *ImageSocket) GetOptEcn() bool {
+	if x != nil {
+		return x.OptEcn
+	}
+	return false
+}
+
+func (x *ImageSocket) GetSndWscale() uint32 {
+	if x != nil {
+		return x.SndWscale
+	}
+	return 0
+}
+
+func (x *ImageSocket) GetRcvWscale() uint32 {
+	if x != nil {
+		return x.RcvWscale
+	}
+	return 0
+}
+
+func (x *ImageSocket) GetTsval() uint32 {
+	if x != nil {
+		return x.Tsval
+	}
+	return 0
+}
+
+func (x *ImageSocket) GetMss() uint32 {
+	if x != nil {
+		return x.Mss
+	}
+	return 0
+}
+
+func (x *ImageSocket) GetRemoteWindow() uint32 {
+	if x != nil {
+		return x.RemoteWindow
+	}
+	return 0
+}
+
+func (x *ImageSocket) GetLocalWindow() uint32 {
+	if x != nil {
+		return x.LocalWindow
+	}
+	return 0
+}
+
+func (x *ImageSocket) GetLocalWup() uint32 {
+	if x != nil {
+		return x.LocalWup
+	}
+	return 0
+}
+
 type SnapshotDoneRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
@@ -1095,7 +1329,7 @@ type SnapshotDoneRequest struct {
 
 func (x *SnapshotDoneRequest) Reset() {
 	*x = SnapshotDoneRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[13]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1107,7 +1341,7 @@ func (x *SnapshotDoneRequest) String() string {
 func (*SnapshotDoneRequest) ProtoMessage() {}
 
 func (x *SnapshotDoneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[13]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1120,7 +1354,7 @@ func (x *SnapshotDoneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotDoneRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotDoneRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{13}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SnapshotDoneRequest) GetApp() string {
@@ -1156,7 +1390,7 @@ type RestoreStartRequest struct {
 
 func (x *RestoreStartRequest) Reset() {
 	*x = RestoreStartRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[14]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1168,7 +1402,7 @@ func (x *RestoreStartRequest) String() string {
 func (*RestoreStartRequest) ProtoMessage() {}
 
 func (x *RestoreStartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[14]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1181,7 +1415,7 @@ func (x *RestoreStartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreStartRequest.ProtoReflect.Descriptor instead.
 func (*RestoreStartRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{14}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RestoreStartRequest) GetApp() string {
@@ -1223,7 +1457,7 @@ type ConnID struct {
 
 func (x *ConnID) Reset() {
 	*x = ConnID{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[15]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1235,7 +1469,7 @@ func (x *ConnID) String() string {
 func (*ConnID) ProtoMessage() {}
 
 func (x *ConnID) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[15]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1248,7 +1482,7 @@ func (x *ConnID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnID.ProtoReflect.Descriptor instead.
 func (*ConnID) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{15}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ConnID) GetLocal() string {
@@ -1276,7 +1510,7 @@ type HandoverRequest struct {
 
 func (x *HandoverRequest) Reset() {
 	*x = HandoverRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1288,7 +1522,7 @@ func (x *HandoverRequest) String() string {
 func (*HandoverRequest) ProtoMessage() {}
 
 func (x *HandoverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[16]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1301,7 +1535,7 @@ func (x *HandoverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandoverRequest.ProtoReflect.Descriptor instead.
 func (*HandoverRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{16}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *HandoverRequest) GetApp() string {
@@ -1340,7 +1574,7 @@ type HandoverReply struct {
 
 func (x *HandoverReply) Reset() {
 	*x = HandoverReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1352,7 +1586,7 @@ func (x *HandoverReply) String() string {
 func (*HandoverReply) ProtoMessage() {}
 
 func (x *HandoverReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[17]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1365,7 +1599,7 @@ func (x *HandoverReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandoverReply.ProtoReflect.Descriptor instead.
 func (*HandoverReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{17}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *HandoverReply) GetApp() string {
@@ -1414,7 +1648,7 @@ type HandbackRequest struct {
 
 func (x *HandbackRequest) Reset() {
 	*x = HandbackRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1426,7 +1660,7 @@ func (x *HandbackRequest) String() string {
 func (*HandbackRequest) ProtoMessage() {}
 
 func (x *HandbackRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[18]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1439,7 +1673,7 @@ func (x *HandbackRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandbackRequest.ProtoReflect.Descriptor instead.
 func (*HandbackRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{18}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *HandbackRequest) GetApp() string {
@@ -1474,7 +1708,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1486,7 +1720,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[19]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1499,7 +1733,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{19}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ReleaseRequest) GetApp() string {
@@ -1520,14 +1754,14 @@ type RestoreConnRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
 	Conns         []*ConnID              `protobuf:"bytes,2,rep,name=conns,proto3" json:"conns,omitempty"`
-	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"` // "syn" or "activate"
+	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"` // "syn", "activate", or "image": their sockets were restored
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestoreConnRequest) Reset() {
 	*x = RestoreConnRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1539,7 +1773,7 @@ func (x *RestoreConnRequest) String() string {
 func (*RestoreConnRequest) ProtoMessage() {}
 
 func (x *RestoreConnRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[20]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1552,7 +1786,7 @@ func (x *RestoreConnRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreConnRequest.ProtoReflect.Descriptor instead.
 func (*RestoreConnRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{20}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RestoreConnRequest) GetApp() string {
@@ -1586,7 +1820,7 @@ type RestoredRequest struct {
 
 func (x *RestoredRequest) Reset() {
 	*x = RestoredRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1598,7 +1832,7 @@ func (x *RestoredRequest) String() string {
 func (*RestoredRequest) ProtoMessage() {}
 
 func (x *RestoredRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[21]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1611,7 +1845,7 @@ func (x *RestoredRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoredRequest.ProtoReflect.Descriptor instead.
 func (*RestoredRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{21}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RestoredRequest) GetApp() string {
@@ -1639,7 +1873,7 @@ type ConnCountReply struct {
 
 func (x *ConnCountReply) Reset() {
 	*x = ConnCountReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1651,7 +1885,7 @@ func (x *ConnCountReply) String() string {
 func (*ConnCountReply) ProtoMessage() {}
 
 func (x *ConnCountReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[22]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1664,7 +1898,7 @@ func (x *ConnCountReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnCountReply.ProtoReflect.Descriptor instead.
 func (*ConnCountReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{22}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ConnCountReply) GetApp() string {
@@ -1698,7 +1932,7 @@ type GetConnInfoRequest struct {
 
 func (x *GetConnInfoRequest) Reset() {
 	*x = GetConnInfoRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1710,7 +1944,7 @@ func (x *GetConnInfoRequest) String() string {
 func (*GetConnInfoRequest) ProtoMessage() {}
 
 func (x *GetConnInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[23]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1723,7 +1957,7 @@ func (x *GetConnInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConnInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetConnInfoRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{23}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetConnInfoRequest) GetApp() string {
@@ -1783,6 +2017,7 @@ type ConnInfo struct {
 	// Verdicts by reason, in the words of AppStatus.reasons: one for each of
 	// segments_in and segments_out. Only when they were asked for.
 	Reasons       map[string]uint64 `protobuf:"bytes,30,rep,name=reasons,proto3" json:"reasons,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	Image         bool              `protobuf:"varint,41,opt,name=image,proto3" json:"image,omitempty"`  // its socket is in the image of the process
 	Socket        string            `protobuf:"bytes,40,opt,name=socket,proto3" json:"socket,omitempty"` // address of local's own socket, where its port is another than the one that the remote sees
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1790,7 +2025,7 @@ type ConnInfo struct {
 
 func (x *ConnInfo) Reset() {
 	*x = ConnInfo{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1802,7 +2037,7 @@ func (x *ConnInfo) String() string {
 func (*ConnInfo) ProtoMessage() {}
 
 func (x *ConnInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[24]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1815,7 +2050,7 @@ func (x *ConnInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnInfo.ProtoReflect.Descriptor instead.
 func (*ConnInfo) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{24}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ConnInfo) GetLocal() string {
@@ -2028,6 +2263,13 @@ func (x *ConnInfo) GetReasons() map[string]uint64 {
 	return nil
 }
 
+func (x *ConnInfo) GetImage() bool {
+	if x != nil {
+		return x.Image
+	}
+	return false
+}
+
 func (x *ConnInfo) GetSocket() string {
 	if x != nil {
 		return x.Socket
@@ -2046,7 +2288,7 @@ type ConnInfoReply struct {
 
 func (x *ConnInfoReply) Reset() {
 	*x = ConnInfoReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2058,7 +2300,7 @@ func (x *ConnInfoReply) String() string {
 func (*ConnInfoReply) ProtoMessage() {}
 
 func (x *ConnInfoReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[25]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2071,7 +2313,7 @@ func (x *ConnInfoReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnInfoReply.ProtoReflect.Descriptor instead.
 func (*ConnInfoReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{25}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ConnInfoReply) GetApp() string {
@@ -2104,7 +2346,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2116,7 +2358,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[26]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2129,7 +2371,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{26}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StatusRequest) GetApp() string {
@@ -2168,7 +2410,7 @@ type AppStatus struct {
 
 func (x *AppStatus) Reset() {
 	*x = AppStatus{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2180,7 +2422,7 @@ func (x *AppStatus) String() string {
 func (*AppStatus) ProtoMessage() {}
 
 func (x *AppStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[27]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2193,7 +2435,7 @@ func (x *AppStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppStatus.ProtoReflect.Descriptor instead.
 func (*AppStatus) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{27}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AppStatus) GetName() string {
@@ -2335,7 +2577,7 @@ type Limit struct {
 
 func (x *Limit) Reset() {
 	*x = Limit{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2347,7 +2589,7 @@ func (x *Limit) String() string {
 func (*Limit) ProtoMessage() {}
 
 func (x *Limit) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[28]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2360,7 +2602,7 @@ func (x *Limit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limit.ProtoReflect.Descriptor instead.
 func (*Limit) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{28}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Limit) GetName() string {
@@ -2405,7 +2647,7 @@ type StatusReply struct {
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2417,7 +2659,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[29]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2430,7 +2672,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{29}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StatusReply) GetNode() string {
@@ -2478,7 +2720,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2490,7 +2732,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[30]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2503,7 +2745,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{30}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *WaitRequest) GetApp() string {
@@ -2529,7 +2771,7 @@ type AgentStartRequest struct {
 
 func (x *AgentStartRequest) Reset() {
 	*x = AgentStartRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2541,7 +2783,7 @@ func (x *AgentStartRequest) String() string {
 func (*AgentStartRequest) ProtoMessage() {}
 
 func (x *AgentStartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[31]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2554,7 +2796,7 @@ func (x *AgentStartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStartRequest.ProtoReflect.Descriptor instead.
 func (*AgentStartRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{31}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AgentStartRequest) GetApp() string {
@@ -2574,7 +2816,7 @@ type AgentStopRequest struct {
 
 func (x *AgentStopRequest) Reset() {
 	*x = AgentStopRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2586,7 +2828,7 @@ func (x *AgentStopRequest) String() string {
 func (*AgentStopRequest) ProtoMessage() {}
 
 func (x *AgentStopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[32]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2599,7 +2841,7 @@ func (x *AgentStopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStopRequest.ProtoReflect.Descriptor instead.
 func (*AgentStopRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{32}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AgentStopRequest) GetApp() string {
@@ -2628,7 +2870,7 @@ type Phase struct {
 
 func (x *Phase) Reset() {
 	*x = Phase{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2640,7 +2882,7 @@ func (x *Phase) String() string {
 func (*Phase) ProtoMessage() {}
 
 func (x *Phase) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[33]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2653,7 +2895,7 @@ func (x *Phase) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Phase.ProtoReflect.Descriptor instead.
 func (*Phase) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{33}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Phase) GetName() string {
@@ -2689,7 +2931,7 @@ type AgentReply struct {
 
 func (x *AgentReply) Reset() {
 	*x = AgentReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2701,7 +2943,7 @@ func (x *AgentReply) String() string {
 func (*AgentReply) ProtoMessage() {}
 
 func (x *AgentReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[34]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2714,7 +2956,7 @@ func (x *AgentReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentReply.ProtoReflect.Descriptor instead.
 func (*AgentReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{34}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AgentReply) GetApp() string {
@@ -2756,7 +2998,7 @@ type AgentSnapshotRequest struct {
 
 func (x *AgentSnapshotRequest) Reset() {
 	*x = AgentSnapshotRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2768,7 +3010,7 @@ func (x *AgentSnapshotRequest) String() string {
 func (*AgentSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[35]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2781,7 +3023,7 @@ func (x *AgentSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{35}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AgentSnapshotRequest) GetApp() string {
@@ -2818,7 +3060,7 @@ type AgentSnapshotReply struct {
 
 func (x *AgentSnapshotReply) Reset() {
 	*x = AgentSnapshotReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[36]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2830,7 +3072,7 @@ func (x *AgentSnapshotReply) String() string {
 func (*AgentSnapshotReply) ProtoMessage() {}
 
 func (x *AgentSnapshotReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[36]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2843,7 +3085,7 @@ func (x *AgentSnapshotReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotReply.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{36}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AgentSnapshotReply) GetApp() string {
@@ -2890,7 +3132,7 @@ type AgentSnapshotsRequest struct {
 
 func (x *AgentSnapshotsRequest) Reset() {
 	*x = AgentSnapshotsRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[37]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2902,7 +3144,7 @@ func (x *AgentSnapshotsRequest) String() string {
 func (*AgentSnapshotsRequest) ProtoMessage() {}
 
 func (x *AgentSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[37]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2915,7 +3157,7 @@ func (x *AgentSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{37}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AgentSnapshotsRequest) GetApp() string {
@@ -2938,7 +3180,7 @@ type SnapshotInfo struct {
 
 func (x *SnapshotInfo) Reset() {
 	*x = SnapshotInfo{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[38]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2950,7 +3192,7 @@ func (x *SnapshotInfo) String() string {
 func (*SnapshotInfo) ProtoMessage() {}
 
 func (x *SnapshotInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[38]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2963,7 +3205,7 @@ func (x *SnapshotInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotInfo.ProtoReflect.Descriptor instead.
 func (*SnapshotInfo) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{38}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *SnapshotInfo) GetApp() string {
@@ -3010,7 +3252,7 @@ type AgentSnapshotsReply struct {
 
 func (x *AgentSnapshotsReply) Reset() {
 	*x = AgentSnapshotsReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[39]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3022,7 +3264,7 @@ func (x *AgentSnapshotsReply) String() string {
 func (*AgentSnapshotsReply) ProtoMessage() {}
 
 func (x *AgentSnapshotsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[39]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3035,7 +3277,7 @@ func (x *AgentSnapshotsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSnapshotsReply.ProtoReflect.Descriptor instead.
 func (*AgentSnapshotsReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{39}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AgentSnapshotsReply) GetSnapshots() []*SnapshotInfo {
@@ -3060,7 +3302,7 @@ type AgentRestoreRequest struct {
 
 func (x *AgentRestoreRequest) Reset() {
 	*x = AgentRestoreRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[40]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3072,7 +3314,7 @@ func (x *AgentRestoreRequest) String() string {
 func (*AgentRestoreRequest) ProtoMessage() {}
 
 func (x *AgentRestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[40]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3085,7 +3327,7 @@ func (x *AgentRestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRestoreRequest.ProtoReflect.Descriptor instead.
 func (*AgentRestoreRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{40}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AgentRestoreRequest) GetApp() string {
@@ -3129,7 +3371,7 @@ type AgentMigrateRequest struct {
 
 func (x *AgentMigrateRequest) Reset() {
 	*x = AgentMigrateRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[41]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3141,7 +3383,7 @@ func (x *AgentMigrateRequest) String() string {
 func (*AgentMigrateRequest) ProtoMessage() {}
 
 func (x *AgentMigrateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[41]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3154,7 +3396,7 @@ func (x *AgentMigrateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentMigrateRequest.ProtoReflect.Descriptor instead.
 func (*AgentMigrateRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{41}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AgentMigrateRequest) GetApp() string {
@@ -3209,7 +3451,7 @@ type AgentMigrateReply struct {
 
 func (x *AgentMigrateReply) Reset() {
 	*x = AgentMigrateReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[42]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3221,7 +3463,7 @@ func (x *AgentMigrateReply) String() string {
 func (*AgentMigrateReply) ProtoMessage() {}
 
 func (x *AgentMigrateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[42]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3234,7 +3476,7 @@ func (x *AgentMigrateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentMigrateReply.ProtoReflect.Descriptor instead.
 func (*AgentMigrateReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{42}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *AgentMigrateReply) GetApp() string {
@@ -3315,7 +3557,7 @@ type AgentPrepareRequest struct {
 
 func (x *AgentPrepareRequest) Reset() {
 	*x = AgentPrepareRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[43]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3327,7 +3569,7 @@ func (x *AgentPrepareRequest) String() string {
 func (*AgentPrepareRequest) ProtoMessage() {}
 
 func (x *AgentPrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[43]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3340,7 +3582,7 @@ func (x *AgentPrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPrepareRequest.ProtoReflect.Descriptor instead.
 func (*AgentPrepareRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{43}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *AgentPrepareRequest) GetApp() string {
@@ -3390,7 +3632,7 @@ type AgentPrepareReply struct {
 
 func (x *AgentPrepareReply) Reset() {
 	*x = AgentPrepareReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[44]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3402,7 +3644,7 @@ func (x *AgentPrepareReply) String() string {
 func (*AgentPrepareReply) ProtoMessage() {}
 
 func (x *AgentPrepareReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[44]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3415,7 +3657,7 @@ func (x *AgentPrepareReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPrepareReply.ProtoReflect.Descriptor instead.
 func (*AgentPrepareReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{44}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *AgentPrepareReply) GetApp() string {
@@ -3459,7 +3701,7 @@ type AgentYieldRequest struct {
 
 func (x *AgentYieldRequest) Reset() {
 	*x = AgentYieldRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[45]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3471,7 +3713,7 @@ func (x *AgentYieldRequest) String() string {
 func (*AgentYieldRequest) ProtoMessage() {}
 
 func (x *AgentYieldRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[45]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3484,7 +3726,7 @@ func (x *AgentYieldRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentYieldRequest.ProtoReflect.Descriptor instead.
 func (*AgentYieldRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{45}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *AgentYieldRequest) GetApp() string {
@@ -3516,7 +3758,7 @@ type AgentNodeStatusRequest struct {
 
 func (x *AgentNodeStatusRequest) Reset() {
 	*x = AgentNodeStatusRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[46]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3528,7 +3770,7 @@ func (x *AgentNodeStatusRequest) String() string {
 func (*AgentNodeStatusRequest) ProtoMessage() {}
 
 func (x *AgentNodeStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[46]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3541,7 +3783,7 @@ func (x *AgentNodeStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentNodeStatusRequest.ProtoReflect.Descriptor instead.
 func (*AgentNodeStatusRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{46}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{47}
 }
 
 type NodeApp struct {
@@ -3565,7 +3807,7 @@ type NodeApp struct {
 
 func (x *NodeApp) Reset() {
 	*x = NodeApp{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[47]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3577,7 +3819,7 @@ func (x *NodeApp) String() string {
 func (*NodeApp) ProtoMessage() {}
 
 func (x *NodeApp) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[47]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3590,7 +3832,7 @@ func (x *NodeApp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeApp.ProtoReflect.Descriptor instead.
 func (*NodeApp) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{47}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *NodeApp) GetName() string {
@@ -3683,7 +3925,7 @@ type AgentNodeStatusReply struct {
 
 func (x *AgentNodeStatusReply) Reset() {
 	*x = AgentNodeStatusReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[48]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3695,7 +3937,7 @@ func (x *AgentNodeStatusReply) String() string {
 func (*AgentNodeStatusReply) ProtoMessage() {}
 
 func (x *AgentNodeStatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[48]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3708,7 +3950,7 @@ func (x *AgentNodeStatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentNodeStatusReply.ProtoReflect.Descriptor instead.
 func (*AgentNodeStatusReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{48}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AgentNodeStatusReply) GetNode() string {
@@ -3748,7 +3990,7 @@ type AgentAbortRequest struct {
 
 func (x *AgentAbortRequest) Reset() {
 	*x = AgentAbortRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[49]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3760,7 +4002,7 @@ func (x *AgentAbortRequest) String() string {
 func (*AgentAbortRequest) ProtoMessage() {}
 
 func (x *AgentAbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[49]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3773,7 +4015,7 @@ func (x *AgentAbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentAbortRequest.ProtoReflect.Descriptor instead.
 func (*AgentAbortRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{49}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AgentAbortRequest) GetApp() string {
@@ -3792,7 +4034,7 @@ type AgentProgressRequest struct {
 
 func (x *AgentProgressRequest) Reset() {
 	*x = AgentProgressRequest{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[50]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3804,7 +4046,7 @@ func (x *AgentProgressRequest) String() string {
 func (*AgentProgressRequest) ProtoMessage() {}
 
 func (x *AgentProgressRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[50]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3817,7 +4059,7 @@ func (x *AgentProgressRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentProgressRequest.ProtoReflect.Descriptor instead.
 func (*AgentProgressRequest) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{50}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *AgentProgressRequest) GetApp() string {
@@ -3840,7 +4082,7 @@ type AgentProgressReply struct {
 
 func (x *AgentProgressReply) Reset() {
 	*x = AgentProgressReply{}
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[51]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3852,7 +4094,7 @@ func (x *AgentProgressReply) String() string {
 func (*AgentProgressReply) ProtoMessage() {}
 
 func (x *AgentProgressReply) ProtoReflect() protoreflect.Message {
-	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[51]
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3865,7 +4107,7 @@ func (x *AgentProgressReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentProgressReply.ProtoReflect.Descriptor instead.
 func (*AgentProgressReply) Descriptor() ([]byte, []int) {
-	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{51}
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *AgentProgressReply) GetApp() string {
@@ -3940,7 +4182,7 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x11exclude_addresses\x18\a \x03(\tR\x10excludeAddresses\";\n" +
 	"\x11UnregisterRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"\xea\x04\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\x80\x05\n" +
 	"\x06Socket\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\tR\x05local\x12\x16\n" +
 	"\x06remote\x18\x02 \x01(\tR\x06remote\x12\x14\n" +
@@ -3969,7 +4211,8 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"bytes_sent\x18\x11 \x01(\x04R\tbytesSent\x12)\n" +
 	"\x11last_data_sent_ms\x18\x12 \x01(\rR\x0elastDataSentMs\x12)\n" +
 	"\x11last_data_recv_ms\x18\x13 \x01(\rR\x0elastDataRecvMs\x12\x1b\n" +
-	"\trcv_space\x18\x14 \x01(\rR\brcvSpace\"\x98\x01\n" +
+	"\trcv_space\x18\x14 \x01(\rR\brcvSpace\x12\x14\n" +
+	"\x05owned\x18\x15 \x01(\bR\x05owned\"\x98\x01\n" +
 	"\fAdoptRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x121\n" +
 	"\asockets\x18\x02 \x03(\v2\x17.nfconnfilter.v1.SocketR\asockets\x12!\n" +
@@ -3981,7 +4224,7 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x18\n" +
 	"\aadopted\x18\x03 \x01(\rR\aadopted\x12\x1c\n" +
-	"\tforgotten\x18\x04 \x01(\rR\tforgotten\"\xfc\x01\n" +
+	"\tforgotten\x18\x04 \x01(\rR\tforgotten\"\x94\x02\n" +
 	"\x14SnapshotStartRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x121\n" +
 	"\asockets\x18\x02 \x03(\v2\x17.nfconnfilter.v1.SocketR\asockets\x12!\n" +
@@ -3989,13 +4232,14 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x10learn_timeout_ms\x18\x04 \x01(\x03R\x0elearnTimeoutMs\x12\x1b\n" +
 	"\tleave_out\x18\x05 \x01(\bR\bleaveOut\x12\x1a\n" +
 	"\bboundary\x18\x06 \x01(\tR\bboundary\x12\x19\n" +
-	"\bquiet_ms\x18\a \x01(\x03R\aquietMs\"l\n" +
+	"\bquiet_ms\x18\a \x01(\x03R\aquietMs\x12\x16\n" +
+	"\x06silent\x18\b \x01(\bR\x06silent\"l\n" +
 	"\n" +
 	"LearnReply\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x18\n" +
 	"\alearned\x18\x03 \x01(\rR\alearned\x12\x1c\n" +
-	"\tunlearned\x18\x04 \x03(\tR\tunlearned\"\x94\x02\n" +
+	"\tunlearned\x18\x04 \x03(\tR\tunlearned\"\xac\x02\n" +
 	"\x15SnapshotFreezeRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1a\n" +
 	"\bboundary\x18\x02 \x01(\tR\bboundary\x12\x19\n" +
@@ -4007,9 +4251,36 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\twake_full\x18\a \x01(\bR\bwakeFull\x12:\n" +
 	"\n" +
 	"heartbeats\x18\b \x03(\v2\x1a.nfconnfilter.v1.HeartbeatR\n" +
-	"heartbeats\"\x1f\n" +
+	"heartbeats\x12\x16\n" +
+	"\x06silent\x18\t \x01(\bR\x06silent\"S\n" +
 	"\vSealRequest\x12\x10\n" +
-	"\x03app\x18\x01 \x01(\tR\x03app\"^\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x122\n" +
+	"\x05image\x18\x02 \x03(\v2\x1c.nfconnfilter.v1.ImageSocketR\x05image\"\xc5\x04\n" +
+	"\vImageSocket\x12\x14\n" +
+	"\x05local\x18\x01 \x01(\tR\x05local\x12\x16\n" +
+	"\x06remote\x18\x02 \x01(\tR\x06remote\x12\x18\n" +
+	"\apassive\x18\x03 \x01(\bR\apassive\x12!\n" +
+	"\flocal_closed\x18\x04 \x01(\bR\vlocalClosed\x12#\n" +
+	"\rremote_closed\x18\x05 \x01(\bR\fremoteClosed\x12\x17\n" +
+	"\arcv_nxt\x18\x06 \x01(\rR\x06rcvNxt\x12\x17\n" +
+	"\asnd_una\x18\a \x01(\rR\x06sndUna\x12\x17\n" +
+	"\asnd_nxt\x18\b \x01(\rR\x06sndNxt\x12\x16\n" +
+	"\x06unread\x18\t \x01(\rR\x06unread\x12%\n" +
+	"\x0eopt_timestamps\x18\n" +
+	" \x01(\bR\roptTimestamps\x12\x19\n" +
+	"\bopt_sack\x18\v \x01(\bR\aoptSack\x12\x1d\n" +
+	"\n" +
+	"opt_wscale\x18\f \x01(\bR\toptWscale\x12\x17\n" +
+	"\aopt_ecn\x18\r \x01(\bR\x06optEcn\x12\x1d\n" +
+	"\n" +
+	"snd_wscale\x18\x0e \x01(\rR\tsndWscale\x12\x1d\n" +
+	"\n" +
+	"rcv_wscale\x18\x0f \x01(\rR\trcvWscale\x12\x14\n" +
+	"\x05tsval\x18\x10 \x01(\rR\x05tsval\x12\x10\n" +
+	"\x03mss\x18\x11 \x01(\rR\x03mss\x12#\n" +
+	"\rremote_window\x18\x12 \x01(\rR\fremoteWindow\x12!\n" +
+	"\flocal_window\x18\x13 \x01(\rR\vlocalWindow\x12\x1b\n" +
+	"\tlocal_wup\x18\x14 \x01(\rR\blocalWup\"^\n" +
 	"\x13SnapshotDoneRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
@@ -4060,7 +4331,7 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x05count\x18\x03 \x01(\rR\x05count\"@\n" +
 	"\x12GetConnInfoRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x18\n" +
-	"\areasons\x18\x02 \x01(\bR\areasons\"\x8f\b\n" +
+	"\areasons\x18\x02 \x01(\bR\areasons\"\xa5\b\n" +
 	"\bConnInfo\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\tR\x05local\x12\x16\n" +
 	"\x06remote\x18\x02 \x01(\tR\x06remote\x12\x12\n" +
@@ -4099,7 +4370,8 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\rsent_to_local\x18\x1b \x01(\rR\vsentToLocal\x12#\n" +
 	"\rkept_segments\x18\x1c \x01(\rR\fkeptSegments\x12$\n" +
 	"\x0eremote_idle_ms\x18\x1d \x01(\x03R\fremoteIdleMs\x12@\n" +
-	"\areasons\x18\x1e \x03(\v2&.nfconnfilter.v1.ConnInfo.ReasonsEntryR\areasons\x12\x16\n" +
+	"\areasons\x18\x1e \x03(\v2&.nfconnfilter.v1.ConnInfo.ReasonsEntryR\areasons\x12\x14\n" +
+	"\x05image\x18) \x01(\bR\x05image\x12\x16\n" +
 	"\x06socket\x18( \x01(\tR\x06socket\x1a:\n" +
 	"\fReasonsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
@@ -4305,7 +4577,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP() []byte {
 	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescData
 }
 
-var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 	(*ErrorInfo)(nil),              // 0: nfconnfilter.v1.ErrorInfo
 	(*AppRequest)(nil),             // 1: nfconnfilter.v1.AppRequest
@@ -4320,130 +4592,132 @@ var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 	(*LearnReply)(nil),             // 10: nfconnfilter.v1.LearnReply
 	(*SnapshotFreezeRequest)(nil),  // 11: nfconnfilter.v1.SnapshotFreezeRequest
 	(*SealRequest)(nil),            // 12: nfconnfilter.v1.SealRequest
-	(*SnapshotDoneRequest)(nil),    // 13: nfconnfilter.v1.SnapshotDoneRequest
-	(*RestoreStartRequest)(nil),    // 14: nfconnfilter.v1.RestoreStartRequest
-	(*ConnID)(nil),                 // 15: nfconnfilter.v1.ConnID
-	(*HandoverRequest)(nil),        // 16: nfconnfilter.v1.HandoverRequest
-	(*HandoverReply)(nil),          // 17: nfconnfilter.v1.HandoverReply
-	(*HandbackRequest)(nil),        // 18: nfconnfilter.v1.HandbackRequest
-	(*ReleaseRequest)(nil),         // 19: nfconnfilter.v1.ReleaseRequest
-	(*RestoreConnRequest)(nil),     // 20: nfconnfilter.v1.RestoreConnRequest
-	(*RestoredRequest)(nil),        // 21: nfconnfilter.v1.RestoredRequest
-	(*ConnCountReply)(nil),         // 22: nfconnfilter.v1.ConnCountReply
-	(*GetConnInfoRequest)(nil),     // 23: nfconnfilter.v1.GetConnInfoRequest
-	(*ConnInfo)(nil),               // 24: nfconnfilter.v1.ConnInfo
-	(*ConnInfoReply)(nil),          // 25: nfconnfilter.v1.ConnInfoReply
-	(*StatusRequest)(nil),          // 26: nfconnfilter.v1.StatusRequest
-	(*AppStatus)(nil),              // 27: nfconnfilter.v1.AppStatus
-	(*Limit)(nil),                  // 28: nfconnfilter.v1.Limit
-	(*StatusReply)(nil),            // 29: nfconnfilter.v1.StatusReply
-	(*WaitRequest)(nil),            // 30: nfconnfilter.v1.WaitRequest
-	(*AgentStartRequest)(nil),      // 31: nfconnfilter.v1.AgentStartRequest
-	(*AgentStopRequest)(nil),       // 32: nfconnfilter.v1.AgentStopRequest
-	(*Phase)(nil),                  // 33: nfconnfilter.v1.Phase
-	(*AgentReply)(nil),             // 34: nfconnfilter.v1.AgentReply
-	(*AgentSnapshotRequest)(nil),   // 35: nfconnfilter.v1.AgentSnapshotRequest
-	(*AgentSnapshotReply)(nil),     // 36: nfconnfilter.v1.AgentSnapshotReply
-	(*AgentSnapshotsRequest)(nil),  // 37: nfconnfilter.v1.AgentSnapshotsRequest
-	(*SnapshotInfo)(nil),           // 38: nfconnfilter.v1.SnapshotInfo
-	(*AgentSnapshotsReply)(nil),    // 39: nfconnfilter.v1.AgentSnapshotsReply
-	(*AgentRestoreRequest)(nil),    // 40: nfconnfilter.v1.AgentRestoreRequest
-	(*AgentMigrateRequest)(nil),    // 41: nfconnfilter.v1.AgentMigrateRequest
-	(*AgentMigrateReply)(nil),      // 42: nfconnfilter.v1.AgentMigrateReply
-	(*AgentPrepareRequest)(nil),    // 43: nfconnfilter.v1.AgentPrepareRequest
-	(*AgentPrepareReply)(nil),      // 44: nfconnfilter.v1.AgentPrepareReply
-	(*AgentYieldRequest)(nil),      // 45: nfconnfilter.v1.AgentYieldRequest
-	(*AgentNodeStatusRequest)(nil), // 46: nfconnfilter.v1.AgentNodeStatusRequest
-	(*NodeApp)(nil),                // 47: nfconnfilter.v1.NodeApp
-	(*AgentNodeStatusReply)(nil),   // 48: nfconnfilter.v1.AgentNodeStatusReply
-	(*AgentAbortRequest)(nil),      // 49: nfconnfilter.v1.AgentAbortRequest
-	(*AgentProgressRequest)(nil),   // 50: nfconnfilter.v1.AgentProgressRequest
-	(*AgentProgressReply)(nil),     // 51: nfconnfilter.v1.AgentProgressReply
-	nil,                            // 52: nfconnfilter.v1.ConnInfo.ReasonsEntry
-	nil,                            // 53: nfconnfilter.v1.AppStatus.ConnectionsEntry
-	nil,                            // 54: nfconnfilter.v1.AppStatus.ReasonsEntry
+	(*ImageSocket)(nil),            // 13: nfconnfilter.v1.ImageSocket
+	(*SnapshotDoneRequest)(nil),    // 14: nfconnfilter.v1.SnapshotDoneRequest
+	(*RestoreStartRequest)(nil),    // 15: nfconnfilter.v1.RestoreStartRequest
+	(*ConnID)(nil),                 // 16: nfconnfilter.v1.ConnID
+	(*HandoverRequest)(nil),        // 17: nfconnfilter.v1.HandoverRequest
+	(*HandoverReply)(nil),          // 18: nfconnfilter.v1.HandoverReply
+	(*HandbackRequest)(nil),        // 19: nfconnfilter.v1.HandbackRequest
+	(*ReleaseRequest)(nil),         // 20: nfconnfilter.v1.ReleaseRequest
+	(*RestoreConnRequest)(nil),     // 21: nfconnfilter.v1.RestoreConnRequest
+	(*RestoredRequest)(nil),        // 22: nfconnfilter.v1.RestoredRequest
+	(*ConnCountReply)(nil),         // 23: nfconnfilter.v1.ConnCountReply
+	(*GetConnInfoRequest)(nil),     // 24: nfconnfilter.v1.GetConnInfoRequest
+	(*ConnInfo)(nil),               // 25: nfconnfilter.v1.ConnInfo
+	(*ConnInfoReply)(nil),          // 26: nfconnfilter.v1.ConnInfoReply
+	(*StatusRequest)(nil),          // 27: nfconnfilter.v1.StatusRequest
+	(*AppStatus)(nil),              // 28: nfconnfilter.v1.AppStatus
+	(*Limit)(nil),                  // 29: nfconnfilter.v1.Limit
+	(*StatusReply)(nil),            // 30: nfconnfilter.v1.StatusReply
+	(*WaitRequest)(nil),            // 31: nfconnfilter.v1.WaitRequest
+	(*AgentStartRequest)(nil),      // 32: nfconnfilter.v1.AgentStartRequest
+	(*AgentStopRequest)(nil),       // 33: nfconnfilter.v1.AgentStopRequest
+	(*Phase)(nil),                  // 34: nfconnfilter.v1.Phase
+	(*AgentReply)(nil),             // 35: nfconnfilter.v1.AgentReply
+	(*AgentSnapshotRequest)(nil),   // 36: nfconnfilter.v1.AgentSnapshotRequest
+	(*AgentSnapshotReply)(nil),     // 37: nfconnfilter.v1.AgentSnapshotReply
+	(*AgentSnapshotsRequest)(nil),  // 38: nfconnfilter.v1.AgentSnapshotsRequest
+	(*SnapshotInfo)(nil),           // 39: nfconnfilter.v1.SnapshotInfo
+	(*AgentSnapshotsReply)(nil),    // 40: nfconnfilter.v1.AgentSnapshotsReply
+	(*AgentRestoreRequest)(nil),    // 41: nfconnfilter.v1.AgentRestoreRequest
+	(*AgentMigrateRequest)(nil),    // 42: nfconnfilter.v1.AgentMigrateRequest
+	(*AgentMigrateReply)(nil),      // 43: nfconnfilter.v1.AgentMigrateReply
+	(*AgentPrepareRequest)(nil),    // 44: nfconnfilter.v1.AgentPrepareRequest
+	(*AgentPrepareReply)(nil),      // 45: nfconnfilter.v1.AgentPrepareReply
+	(*AgentYieldRequest)(nil),      // 46: nfconnfilter.v1.AgentYieldRequest
+	(*AgentNodeStatusRequest)(nil), // 47: nfconnfilter.v1.AgentNodeStatusRequest
+	(*NodeApp)(nil),                // 48: nfconnfilter.v1.NodeApp
+	(*AgentNodeStatusReply)(nil),   // 49: nfconnfilter.v1.AgentNodeStatusReply
+	(*AgentAbortRequest)(nil),      // 50: nfconnfilter.v1.AgentAbortRequest
+	(*AgentProgressRequest)(nil),   // 51: nfconnfilter.v1.AgentProgressRequest
+	(*AgentProgressReply)(nil),     // 52: nfconnfilter.v1.AgentProgressReply
+	nil,                            // 53: nfconnfilter.v1.ConnInfo.ReasonsEntry
+	nil,                            // 54: nfconnfilter.v1.AppStatus.ConnectionsEntry
+	nil,                            // 55: nfconnfilter.v1.AppStatus.ReasonsEntry
 }
 var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
 	6,  // 0: nfconnfilter.v1.AdoptRequest.sockets:type_name -> nfconnfilter.v1.Socket
 	6,  // 1: nfconnfilter.v1.SnapshotStartRequest.sockets:type_name -> nfconnfilter.v1.Socket
 	3,  // 2: nfconnfilter.v1.SnapshotFreezeRequest.heartbeats:type_name -> nfconnfilter.v1.Heartbeat
-	15, // 3: nfconnfilter.v1.RestoreConnRequest.conns:type_name -> nfconnfilter.v1.ConnID
-	52, // 4: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
-	24, // 5: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
-	53, // 6: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
-	54, // 7: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
-	27, // 8: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
-	28, // 9: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
-	33, // 10: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
-	33, // 11: nfconnfilter.v1.AgentSnapshotReply.phases:type_name -> nfconnfilter.v1.Phase
-	38, // 12: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
-	33, // 13: nfconnfilter.v1.AgentMigrateReply.phases:type_name -> nfconnfilter.v1.Phase
-	47, // 14: nfconnfilter.v1.AgentNodeStatusReply.apps:type_name -> nfconnfilter.v1.NodeApp
-	4,  // 15: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
-	5,  // 16: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
-	7,  // 17: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
-	9,  // 18: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
-	11, // 19: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
-	12, // 20: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
-	13, // 21: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
-	1,  // 22: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
-	14, // 23: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
-	20, // 24: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
-	21, // 25: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
-	1,  // 26: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
-	16, // 27: nfconnfilter.v1.Filter.Handover:input_type -> nfconnfilter.v1.HandoverRequest
-	18, // 28: nfconnfilter.v1.Filter.Handback:input_type -> nfconnfilter.v1.HandbackRequest
-	19, // 29: nfconnfilter.v1.Filter.Release:input_type -> nfconnfilter.v1.ReleaseRequest
-	1,  // 30: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
-	23, // 31: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
-	26, // 32: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
-	30, // 33: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
-	31, // 34: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
-	32, // 35: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
-	35, // 36: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
-	37, // 37: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
-	40, // 38: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
-	49, // 39: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
-	50, // 40: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
-	41, // 41: nfconnfilter.v1.Agent.Migrate:input_type -> nfconnfilter.v1.AgentMigrateRequest
-	46, // 42: nfconnfilter.v1.Agent.NodeStatus:input_type -> nfconnfilter.v1.AgentNodeStatusRequest
-	43, // 43: nfconnfilter.v1.Agent.Prepare:input_type -> nfconnfilter.v1.AgentPrepareRequest
-	45, // 44: nfconnfilter.v1.Agent.Yield:input_type -> nfconnfilter.v1.AgentYieldRequest
-	2,  // 45: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
-	2,  // 46: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
-	8,  // 47: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
-	10, // 48: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
-	2,  // 49: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
-	2,  // 50: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
-	2,  // 51: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
-	2,  // 52: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
-	2,  // 53: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
-	2,  // 54: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
-	2,  // 55: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
-	2,  // 56: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
-	17, // 57: nfconnfilter.v1.Filter.Handover:output_type -> nfconnfilter.v1.HandoverReply
-	2,  // 58: nfconnfilter.v1.Filter.Handback:output_type -> nfconnfilter.v1.AppReply
-	2,  // 59: nfconnfilter.v1.Filter.Release:output_type -> nfconnfilter.v1.AppReply
-	22, // 60: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
-	25, // 61: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
-	29, // 62: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
-	2,  // 63: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
-	34, // 64: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
-	34, // 65: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
-	36, // 66: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
-	39, // 67: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
-	34, // 68: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
-	34, // 69: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
-	51, // 70: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
-	42, // 71: nfconnfilter.v1.Agent.Migrate:output_type -> nfconnfilter.v1.AgentMigrateReply
-	48, // 72: nfconnfilter.v1.Agent.NodeStatus:output_type -> nfconnfilter.v1.AgentNodeStatusReply
-	44, // 73: nfconnfilter.v1.Agent.Prepare:output_type -> nfconnfilter.v1.AgentPrepareReply
-	34, // 74: nfconnfilter.v1.Agent.Yield:output_type -> nfconnfilter.v1.AgentReply
-	45, // [45:75] is the sub-list for method output_type
-	15, // [15:45] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	13, // 3: nfconnfilter.v1.SealRequest.image:type_name -> nfconnfilter.v1.ImageSocket
+	16, // 4: nfconnfilter.v1.RestoreConnRequest.conns:type_name -> nfconnfilter.v1.ConnID
+	53, // 5: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
+	25, // 6: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
+	54, // 7: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
+	55, // 8: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
+	28, // 9: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
+	29, // 10: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
+	34, // 11: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
+	34, // 12: nfconnfilter.v1.AgentSnapshotReply.phases:type_name -> nfconnfilter.v1.Phase
+	39, // 13: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
+	34, // 14: nfconnfilter.v1.AgentMigrateReply.phases:type_name -> nfconnfilter.v1.Phase
+	48, // 15: nfconnfilter.v1.AgentNodeStatusReply.apps:type_name -> nfconnfilter.v1.NodeApp
+	4,  // 16: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
+	5,  // 17: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
+	7,  // 18: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
+	9,  // 19: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
+	11, // 20: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
+	12, // 21: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
+	14, // 22: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
+	1,  // 23: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
+	15, // 24: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
+	21, // 25: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
+	22, // 26: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
+	1,  // 27: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
+	17, // 28: nfconnfilter.v1.Filter.Handover:input_type -> nfconnfilter.v1.HandoverRequest
+	19, // 29: nfconnfilter.v1.Filter.Handback:input_type -> nfconnfilter.v1.HandbackRequest
+	20, // 30: nfconnfilter.v1.Filter.Release:input_type -> nfconnfilter.v1.ReleaseRequest
+	1,  // 31: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
+	24, // 32: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
+	27, // 33: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
+	31, // 34: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
+	32, // 35: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
+	33, // 36: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
+	36, // 37: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
+	38, // 38: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
+	41, // 39: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
+	50, // 40: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
+	51, // 41: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
+	42, // 42: nfconnfilter.v1.Agent.Migrate:input_type -> nfconnfilter.v1.AgentMigrateRequest
+	47, // 43: nfconnfilter.v1.Agent.NodeStatus:input_type -> nfconnfilter.v1.AgentNodeStatusRequest
+	44, // 44: nfconnfilter.v1.Agent.Prepare:input_type -> nfconnfilter.v1.AgentPrepareRequest
+	46, // 45: nfconnfilter.v1.Agent.Yield:input_type -> nfconnfilter.v1.AgentYieldRequest
+	2,  // 46: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
+	2,  // 47: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
+	8,  // 48: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
+	10, // 49: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
+	2,  // 50: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
+	2,  // 51: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
+	2,  // 52: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
+	2,  // 53: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
+	2,  // 54: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
+	2,  // 55: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
+	2,  // 56: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
+	2,  // 57: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
+	18, // 58: nfconnfilter.v1.Filter.Handover:output_type -> nfconnfilter.v1.HandoverReply
+	2,  // 59: nfconnfilter.v1.Filter.Handback:output_type -> nfconnfilter.v1.AppReply
+	2,  // 60: nfconnfilter.v1.Filter.Release:output_type -> nfconnfilter.v1.AppReply
+	23, // 61: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
+	26, // 62: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
+	30, // 63: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
+	2,  // 64: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
+	35, // 65: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
+	35, // 66: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
+	37, // 67: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
+	40, // 68: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
+	35, // 69: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
+	35, // 70: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
+	52, // 71: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
+	43, // 72: nfconnfilter.v1.Agent.Migrate:output_type -> nfconnfilter.v1.AgentMigrateReply
+	49, // 73: nfconnfilter.v1.Agent.NodeStatus:output_type -> nfconnfilter.v1.AgentNodeStatusReply
+	45, // 74: nfconnfilter.v1.Agent.Prepare:output_type -> nfconnfilter.v1.AgentPrepareReply
+	35, // 75: nfconnfilter.v1.Agent.Yield:output_type -> nfconnfilter.v1.AgentReply
+	46, // [46:76] is the sub-list for method output_type
+	16, // [16:46] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_nfconnfilter_v1_nfconnfilter_proto_init() }
@@ -4457,7 +4731,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc), len(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   55,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

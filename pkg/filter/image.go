@@ -1,0 +1,439 @@
+package filter
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+
+	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
+	"github.com/nfconnfilter/nfconnfilter/pkg/packet"
+	"github.com/nfconnfilter/nfconnfilter/pkg/rewrite"
+	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
+)
+
+// Snapshots by an image: the process is dumped with its sockets (CRIU), so that
+// nothing is drained and no handshake follows. From SNAPSHOTFREEZE on nothing passes
+// in either direction and local is told nothing: what was acknowledged to it would be
+// missing in the image. Its queues are in the image, and what it had sent and the
+// remote has not acknowledged is its own to send again.
+//
+// SEAL brings what the image says of each socket. The numbers must agree, and from
+// then on the structures say where the restored socket stands: imgSnd and imgRcv.
+// What moves the remote's view behind that, heartbeats, is translated at RESTORED.
+
+// ImageSocket is a TCP socket in an image. Numbers are local's own (criu/images/tcp-stream.proto,
+// soccr/soccr.c).
+type ImageSocket struct {
+	ID           ConnID
+	Passive      bool
+	LocalClosed  bool // its FIN counts in SndNxt
+	RemoteClosed bool // its FIN counts in RcvNxt
+
+	RcvNxt, SndUna, SndNxt seqnum.Value // SndNxt: behind all that the process has written
+	Unread                 uint32       // octets in its receive queue
+	TS, SACK, WScale, ECN  bool
+	RemoteScale            uint8
+	LocalScale             uint8
+	TSVal                  uint32 // where its clock goes on
+	MSS                    uint16 // that the remote announced
+	RemoteWnd              uint32 // octets that the remote announced last
+	LocalWnd               uint32 // octets that local announced last, from LocalWup on
+	LocalWup               seqnum.Value
+}
+
+// silence makes the freeze one of an image.
+func (e *Engine) silence(now Time, a *app) {
+	a.silent, a.sealed, a.imaged = true, true, false
+	for _, c := range a.conns {
+		c.silence()
+	}
+}
+
+// silence has the remote answered at the number that it expects: what local has said
+// behind it may have been dropped.
+func (c *conn) silence() {
+	c.frozen, c.confirmed, c.ep.Behind = true, true, true
+}
+
+// silentOut is a segment of local, which is being dumped or restored.
+func (e *Engine) silentOut(now Time, a *app, c *conn, fx *Effects) {
+	s := &e.seg
+	fx.drop(SealedSilent)
+	switch {
+	case c == nil:
+	case a.state == appstate.SnapshotFreeze && e.isAnswer(now, c, s, fx):
+		fx.drop(AskAnswer)
+	case a.state == appstate.RestoreStart && c.image:
+		e.restoredSays(c, fx)
+	}
+}
+
+// silentFor tells whether a segment of local, on c, which may be nil, is one for silentOut.
+func (c *conn) silentFor(a *app, s *packet.Segment) bool {
+	switch {
+	case !a.silent || c != nil && c.fresh:
+		return false
+	case a.state == appstate.SnapshotFreeze:
+		return true
+	case c == nil || !c.image:
+		return false
+	}
+	return a.state == appstate.SnapshotDone || !s.Has(packet.SYN)
+}
+
+// sealImage compares the structures with the image and takes from it what they lack.
+// Where something differs nothing may be stopped: the caller gives the snapshot up.
+func (e *Engine) sealImage(now Time, b *Seal, a *app, fx *Effects) (any, error) {
+	if kept := a.keeping(); a.abortOnData && len(kept) > 0 {
+		return nil, &Error{App: a.name, State: a.state, Text: "SEAL refused: data came during the snapshot, which is to be given up for that", Conns: kept}
+	}
+	for _, c := range a.conns {
+		c.image = false
+	}
+	var lacking []string
+	for i := range b.Image {
+		k := &b.Image[i]
+		if !a.wants(k.ID) || e.byVIP[k.ID.Local.Addr()] != a {
+			continue
+		}
+		if why := e.imaged(now, a, k, fx); why != "" {
+			lacking = append(lacking, fmt.Sprintf("%v %v: %s", k.ID.Local, k.ID.Remote, why))
+		}
+	}
+	for _, c := range a.conns {
+		if why := c.notImaged(); why != "" {
+			lacking = append(lacking, fmt.Sprintf("%v %v: %s", c.id.Local, c.id.Remote, why))
+		}
+	}
+	if len(lacking) > 0 {
+		slices.Sort(lacking)
+		return nil, &Error{App: a.name, State: a.state, Text: "SEAL refused: the image does not agree with what was seen of these connections", Conns: lacking}
+	}
+	a.imaged = true
+	a.markAll()
+	return a.result(), nil
+}
+
+// imaged takes one socket of the image; it tells what does not agree.
+func (e *Engine) imaged(now Time, a *app, k *ImageSocket, fx *Effects) string {
+	c := e.bySocket(k.ID)
+	if c != nil && (c.state == appstate.SynRcvd || c.state == appstate.SynSent) {
+		c.set(appstate.Connect)
+	}
+	if c == nil {
+		role := appstate.Active
+		if k.Passive {
+			role = appstate.Passive
+		} else if !a.opens(k.ID.Remote.Port()) {
+			return ""
+		}
+		if c = e.newConn(now, a, k.ID, role, appstate.Connect, fx); c == nil {
+			return "there is no room for it in the filter's table"
+		}
+		c.silence()
+	}
+	switch {
+	case c.refused != "":
+		return c.refused
+	case c.state == appstate.Rst, k.LocalClosed && k.RemoteClosed: // both ends know
+		c.image = c.state == appstate.Rst
+		return ""
+	}
+	if !c.learned {
+		c.learnImage(now, k)
+	}
+	if why := c.disagrees(k); why != "" {
+		return why
+	}
+	c.takeImage(now, k)
+	e.trimImage(now, c, fx)
+	return ""
+}
+
+// learnImage takes everything from the image where local has not told its numbers.
+func (c *conn) learnImage(now Time, k *ImageSocket) {
+	ep := &c.ep
+	if !c.handshake && !c.translated {
+		o := &ep.Opt
+		o.TS, o.SACK, o.WScale, o.ECN, o.RemoteScale, o.LocalScale, o.MSS = k.TS, k.SACK, k.WScale, k.ECN, k.RemoteScale, k.LocalScale, k.MSS
+	}
+	ep.RcvNxt = k.RcvNxt.Add(c.tr.In)
+	ep.SndUna, ep.Guess = k.SndUna.Add(c.tr.Out), false
+	ep.SndNxt = k.SndNxt.Add(c.tr.Out)
+	ep.TSVal = k.TSVal + c.tr.TSOut
+	ep.RemoteWnd = max(ep.RemoteWnd, k.RemoteWnd)
+	wnd := k.LocalWnd - min(k.RcvNxt.Size(k.LocalWup), k.LocalWnd)
+	ep.Announced(ep.RcvNxt, uint16(min(wnd>>ep.Opt.LocalScale, 65535)), true)
+	c.learned, c.spokeAt = true, now
+}
+
+// disagrees names the first number of the image that cannot be.
+func (c *conn) disagrees(k *ImageSocket) string {
+	ep := &c.ep
+	rcv, una, nxt := k.RcvNxt.Add(c.tr.In), k.SndUna.Add(c.tr.Out), k.SndNxt.Add(c.tr.Out)
+	owed := c.base()
+	if c.owesFin() && !c.spooled {
+		owed = owed.Add(^uint32(0))
+	}
+	switch {
+	case rcv.Less(owed):
+		return fmt.Sprintf("%d octets that local had acknowledged are not in the image", owed.Size(rcv))
+	case ep.Edge.Max(ep.RcvNxt).Add(1).Less(rcv):
+		return fmt.Sprintf("the image holds %d octets more than local had a window for", rcv.Size(ep.Edge))
+	case nxt.Less(ep.SndNxt):
+		return fmt.Sprintf("%d octets that the remote was sent are not in the image", ep.SndNxt.Size(nxt))
+	case nxt.Less(una), nxt.Less(ep.SndUna) && !ep.Guess:
+		return fmt.Sprintf("the remote has acknowledged %d octets more than the image says to be sent", ep.SndUna.Size(nxt))
+	case ep.Opt.TS != k.TS:
+		return "the image and the connection differ in timestamps (RFC 7323)"
+	case ep.Opt.TS && seqnum.NewerTS(ep.TSVal, k.TSVal+c.tr.TSOut):
+		return fmt.Sprintf("the remote was shown a timestamp %d ahead of the image's", ep.TSVal-k.TSVal-c.tr.TSOut)
+	}
+	return ""
+}
+
+// takeImage notes where the restored socket will stand.
+func (c *conn) takeImage(now Time, k *ImageSocket) {
+	ep := &c.ep
+	rcv, una := k.RcvNxt.Add(c.tr.In), k.SndUna.Add(c.tr.Out)
+	if ep.Guess || ep.SndUna.Less(una) {
+		ep.SndUna, ep.Guess = una, false
+	}
+	if !c.spooled && ep.RcvNxt.Less(rcv) { // it took more, and was not heard to say so
+		c.bytesIn += uint64(rcv.Size(ep.RcvNxt))
+		ep.RcvNxt = rcv
+	}
+	c.imgUna, c.imgSnd, c.imgRcv = k.SndUna, ep.SndNxt.Add(-c.tr.Out), k.RcvNxt
+	c.hsIRS = k.RcvNxt.Add(-k.Unread - 1) // where the restored socket begins to count what it received
+	c.image, c.ackSeen, c.half = true, true, k.LocalClosed
+	if c.finIn = k.RemoteClosed; c.finIn {
+		c.finInEnd, c.closeWait = rcv, true
+	}
+	switch closed := k.RemoteClosed || k.LocalClosed; {
+	case closed && c.state == appstate.Connect:
+		c.set(appstate.Closing)
+		c.remoteFirst = k.RemoteClosed
+	case !closed && c.state == appstate.Closing: // what was seen was an outsider's
+		c.finOut = false
+		c.set(appstate.Connect)
+	}
+	if c.half && !c.finOut {
+		c.finOut, c.finOutEnd, c.finOutAt = true, k.SndNxt.Add(c.tr.Out), now
+	}
+	c.expire = 0
+}
+
+// trimImage forgets what of the kept octets the image holds.
+func (e *Engine) trimImage(now Time, c *conn, fx *Effects) {
+	if c.spooled {
+		rcv := c.imgRcv.Add(c.tr.In)
+		e.spoolTaken(now, c, rcv, rcv, fx)
+		c.redoAt = 0
+	}
+	e.trimKept(c)
+}
+
+// notImaged tells why c would be lost: local's socket is not in the image and no
+// handshake can bring it back. One that nobody has accepted yet comes back by a
+// handshake, if it has said nothing.
+func (c *conn) notImaged() string {
+	switch {
+	case c.image || !c.alive() || !c.learned && !c.listed:
+		return ""
+	case !c.learned:
+		return "its socket is not in the image and its numbers are not known"
+	case c.role == appstate.Active, !c.handshake:
+		return "its socket is not in the image"
+	case c.ep.RcvNxt != c.irs.Add(1) || c.ep.SndNxt != c.iss.Add(1):
+		return "its socket is not in the image: the application has not accepted it, and its remote has sent what would be lost; try again"
+	}
+	return ""
+}
+
+// restoredSays keeps a segment of a restored socket until RESTORED: nobody has told
+// it that anything arrived, so that it would wait for its retransmission time-out.
+func (e *Engine) restoredSays(c *conn, fx *Effects) {
+	s := &e.seg
+	const most = 64 // segments of one connection
+	fx.drop(NotOpenYet)
+	if s.Has(packet.RST) {
+		return // of a restore that fails
+	}
+	data := s.Raw()
+	if len(c.said) >= most || e.kept+len(data) > e.cfg.KeepTotal || c.app.kept+len(data) > e.cfg.KeepPerApp {
+		return // it sends it again
+	}
+	fx.drop(RestoredKept)
+	e.kept += len(data)
+	c.app.kept += len(data)
+	c.said = append(c.said, bytes.Clone(data))
+}
+
+// unsay forgets what a restored socket has said.
+func (e *Engine) unsay(c *conn) {
+	for _, b := range c.said {
+		e.kept -= len(b)
+		c.app.kept -= len(b)
+	}
+	c.said = nil
+}
+
+// back notes that the socket of c was restored.
+func (c *conn) back() {
+	c.hsDone = true
+	if c.state == appstate.ConnectRmt {
+		c.set(appstate.Connect)
+	}
+}
+
+// openImage lets traffic of a connection flow whose socket was restored: it goes on
+// where the image left it, and learns what its remote has said meanwhile.
+func (e *Engine) openImage(now Time, c *conn, fx *Effects) {
+	c.frozen, c.sealed, c.confirmed, c.localGone, c.inKnown = false, false, false, false, false
+	c.fwd, c.asks, c.image, c.opened = false, 0, false, now
+	c.shut = c.ep.Closed || c.reloaded
+	c.ep.Closed, c.ep.Behind, c.reloaded = false, false, false
+	c.answered()
+	out := c.ep.SndNxt.Size(c.imgSnd)
+	c.floored, c.floor = out != c.tr.Out && c.imgUna != c.imgSnd, c.imgSnd
+	c.tr.Out, c.tr.In = out, c.base().Size(c.imgRcv)
+	c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
+	c.handshakeEnd()
+	if c.state == appstate.Rst {
+		sp := packet.Spec{Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.RST | packet.ACK, Seq: c.imgRcv, Ack: c.hsISN.Add(1)}
+		fx.send(&sp, true)
+		e.unsay(c)
+		e.remove(c, fx)
+		return
+	}
+	if c.finIn || c.half {
+		c.set(appstate.Closing)
+	}
+	hands := c.spooled || len(c.kept) > 0 || c.keptFin
+	if brief := c.tr == (rewrite.Translation{}); !c.translated && (!brief || hands || len(c.own) > 0) {
+		e.flow(c, true, fx)
+		c.brief = brief
+	}
+	if c.ep.Opt.TS || c.imgUna != c.hsISN.Add(1) { // the remote's newest acknowledgement, and its clock: neither is in the image
+		sp := e.toLocal(c, packet.ACK)
+		sp.Seq = c.localSeqIn(c.base())
+		fx.send(&sp, true)
+	}
+	e.handImage(now, c, hands, fx)
+	e.sayKept(c, fx)
+	c.half = false
+	if !c.translated { // bulk passes unseen from now on
+		c.learned, c.rcvKnown = false, false
+	}
+}
+
+// handImage hands over what was kept and opens the window that was closed for it.
+func (e *Engine) handImage(now Time, c *conn, hands bool, fx *Effects) {
+	if hands {
+		if c.spooled {
+			e.deliver(now, c, c.keptAt, c.ep.Edge, fx)
+		} else {
+			e.handKept(c, fx)
+		}
+		c.retries, c.redoAt = 0, now+30e6
+		e.at(c.redoAt)
+	}
+	if c.shut && !c.spooled {
+		sp := c.ep.Ack()
+		fx.send(&sp, false)
+	}
+}
+
+// sayKept sends to the remote what the restored socket has said before.
+func (e *Engine) sayKept(c *conn, fx *Effects) {
+	for _, b := range c.said {
+		var s packet.Segment
+		if s.Parse(b) != packet.OK || c.belowFloor(&s) {
+			continue
+		}
+		c.tr.Outbound(&s, c.id.Local.Port(), &c.edge)
+		c.ahead(&s)
+		if s.Opt.HasTS && s.Opt.TSEcr == 0 { // it has not heard the remote's clock yet
+			s.SetTS(s.Opt.TSVal, c.ep.TSRec)
+		}
+		if end := s.End(); c.ep.SndNxt.Less(end) && c.translated {
+			c.ep.SndNxt = end
+		}
+		e.sayInPieces(c, &s, fx)
+	}
+	e.unsay(c)
+}
+
+// sayInPieces sends a segment of local, which may be longer than a packet of the wire:
+// the device cuts what a stack sends, but not what we inject.
+func (e *Engine) sayInPieces(c *conn, s *packet.Segment, fx *Effects) {
+	most := int(max(c.ep.Opt.MSS, 536))
+	sp := packet.Spec{Src: c.id.Local, Dst: c.id.Remote, Seq: s.Seq, Ack: s.Ack, Flags: s.Flags, Window: s.Window,
+		HasTS: s.Opt.HasTS, TSVal: s.Opt.TSVal, TSEcr: s.Opt.TSEcr}
+	if sp.HasTS {
+		most -= 12
+	}
+	p := s.Payload()
+	for {
+		n := min(len(p), most)
+		sp.Payload = p[:n]
+		if sp.Flags = s.Flags; n < len(p) {
+			sp.Flags &^= packet.FIN | packet.PSH
+		}
+		fx.send(&sp, false)
+		if p = p[n:]; len(p) == 0 {
+			return
+		}
+		sp.Seq = sp.Seq.Add(uint32(n))
+	}
+}
+
+// belowFloor tells whether s, a segment of the restored local side in its own numbers,
+// brings octets that the remote had acknowledged before heartbeats moved the numbers:
+// translated they would stand in the place of these.
+func (c *conn) belowFloor(s *packet.Segment) bool {
+	const far = 1 << 29
+	if !c.floored || s.Len() == 0 {
+		return false
+	}
+	if s.Seq.Less(c.floor) {
+		return true
+	}
+	if s.Seq.Size(c.floor) > far { // before the numbers wrap round
+		c.floored = false
+	}
+	return false
+}
+
+// tellAgain answers local in the remote's name: everything up to the floor has arrived.
+func (e *Engine) tellAgain(c *conn, fx *Effects) {
+	c.acknowledgesNow()
+	sp := e.toLocal(c, packet.ACK)
+	sp.Seq, sp.Ack = c.localSeqIn(c.base()), c.floor
+	fx.send(&sp, true)
+	fx.drop(SealedSilent)
+}
+
+// unburden lets a connection go that was captured only until local had what was kept.
+func (e *Engine) unburden(c *conn, fx *Effects) {
+	if !c.brief || !c.translated || c.spooled || c.redoAt != 0 || len(c.own) > 0 || c.app.state != appstate.Restored || c.tr != (rewrite.Translation{}) {
+		return
+	}
+	c.brief, c.learned, c.rcvKnown = false, false, false
+	e.flow(c, false, fx)
+	c.app.settle(fx)
+	e.mark(c)
+}
+
+// imagesBack notes that the sockets of these connections are there again.
+func (e *Engine) imagesBack(a *app, ids []ConnID) (notes []string) {
+	for _, id := range ids {
+		c := e.conns[id]
+		if c == nil || c.app != a || !c.image {
+			notes = append(notes, fmt.Sprintf("%v %v: it is in no image", id.Local, id.Remote))
+			continue
+		}
+		c.back()
+	}
+	return notes
+}
