@@ -35,6 +35,7 @@ demo: bin/demo
 
 deps-test:
 	@scripts/deps.sh test
+	@$(SUDO) scripts/criu.sh >/dev/null
 
 vet:
 	go vet ./...

@@ -1,0 +1,240 @@
+package criu
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
+	sk_inet "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
+	tcp_stream "github.com/checkpoint-restore/go-criu/v8/crit/images/tcp-stream"
+)
+
+// Socket is a TCP connection in images. Numbers are the socket's own.
+type Socket struct {
+	Local, Remote netip.AddrPort // IPv4 in IPv6 is folded to IPv4
+	// LocalClosed and RemoteClosed: its own FIN was written, the remote's was received.
+	LocalClosed, RemoteClosed bool
+
+	RcvNxt uint32 // behind the remote's FIN
+	SndUna uint32
+	SndNxt uint32 // behind everything written, and the FIN
+	Unread uint32 // octets
+
+	Timestamps, SACK, WScale, ECN bool
+	SndWScale, RcvWScale          uint8
+	TSVal                         uint32
+	MSS                           uint32
+	SndWnd, RcvWnd, RcvWup        uint32
+
+	finWaits bool // its FIN is not acknowledged
+}
+
+// The kernel's numbers of TCP states (include/net/tcp_states.h).
+const (
+	established = 1
+	finWait1    = 4
+	finWait2    = 5
+	closed      = 7
+	closeWait   = 8
+	lastAck     = 9
+	listen      = 10
+	closing     = 11
+)
+
+// TCPI_OPT_ bits (include/uapi/linux/tcp.h).
+const (
+	optTimestamps = 1 << iota
+	optSACK
+	optWScale
+	optECN
+)
+
+const (
+	inet, inet6 = 2, 10 // families
+	ipprotoTCP  = 6
+	// mostEntry bounds an entry of an image that is read: they are some hundred octets.
+	mostEntry = 1 << 20
+)
+
+// Sockets reads the TCP connections of images.
+func Sockets(dir string) ([]Socket, error) {
+	var inos []uint32
+	var out []Socket
+	err := entries(filepath.Join(dir, "files.img"), func(b []byte) error {
+		var f fdinfo.FileEntry
+		if err := proto.Unmarshal(b, &f); err != nil {
+			return err
+		}
+		k := f.GetIsk()
+		if k == nil || k.GetProto() != ipprotoTCP || k.GetType() != 1 {
+			return nil
+		}
+		switch k.GetState() {
+		case established, finWait1, finWait2, closeWait, lastAck, closing:
+		default:
+			return nil
+		}
+		s, err := addressed(k)
+		if err != nil {
+			return err
+		}
+		inos, out = append(inos, k.GetIno()), append(out, s)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return out, streams(dir, inos, out)
+}
+
+// addressed takes addresses and state of a socket.
+func addressed(k *sk_inet.InetSkEntry) (Socket, error) {
+	var s Socket
+	local, ok1 := address(k.GetFamily(), k.GetSrcAddr())
+	remote, ok2 := address(k.GetFamily(), k.GetDstAddr())
+	if !ok1 || !ok2 {
+		return s, fmt.Errorf("socket %d: it has no address of family %d", k.GetIno(), k.GetFamily())
+	}
+	s.Local, s.Remote = netip.AddrPortFrom(local, uint16(k.GetSrcPort())), netip.AddrPortFrom(remote, uint16(k.GetDstPort()))
+	switch k.GetState() {
+	case finWait1:
+		s.LocalClosed, s.finWaits = true, true
+	case finWait2:
+		s.LocalClosed = true
+	case closeWait:
+		s.RemoteClosed = true
+	case lastAck, closing:
+		s.LocalClosed, s.RemoteClosed, s.finWaits = true, true, true
+	}
+	return s, nil
+}
+
+// address reads one as CRIU writes it: words whose octets are those of the address.
+func address(family uint32, words []uint32) (netip.Addr, bool) {
+	var b [16]byte
+	for i := range min(len(words), 4) {
+		binary.LittleEndian.PutUint32(b[4*i:], words[i])
+	}
+	switch {
+	case family == inet && len(words) >= 1:
+		return netip.AddrFrom4([4]byte(b[:])), true
+	case family == inet6 && len(words) == 4:
+		return netip.AddrFrom16(b).Unmap(), true
+	}
+	return netip.Addr{}, false
+}
+
+// streams reads the numbers of every socket, several at a time: there is a file for each.
+func streams(dir string, inos []uint32, out []Socket) error {
+	var wg sync.WaitGroup
+	n := runtime.GOMAXPROCS(0)
+	errs := make([]error, n)
+	for w := range n {
+		wg.Go(func() {
+			for i := w; i < len(out) && errs[w] == nil; i += n {
+				errs[w] = stream(filepath.Join(dir, fmt.Sprintf("tcp-stream-%x.img", inos[i])), &out[i])
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// stream reads the numbers of s. Its queues stand behind the entry.
+func stream(path string, s *Socket) error {
+	var t tcp_stream.TcpStreamEntry
+	err := errNone
+	read := func(b []byte) error {
+		err = nil
+		if err := proto.Unmarshal(b, &t); err != nil {
+			return err
+		}
+		return errEnough
+	}
+	if rerr := entries(path, read); rerr != nil {
+		return rerr
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	s.RcvNxt, s.SndNxt, s.Unread = t.GetInqSeq(), t.GetOutqSeq(), t.GetInqLen()
+	s.SndUna = s.SndNxt - t.GetOutqLen()
+	if s.finWaits {
+		s.SndUna-- // it does not count in the length (soccr/soccr.c)
+	}
+	m := t.GetOptMask()
+	s.Timestamps, s.SACK, s.WScale, s.ECN = m&optTimestamps != 0, m&optSACK != 0, m&optWScale != 0, m&optECN != 0
+	s.SndWScale, s.RcvWScale = uint8(t.GetSndWscale()), uint8(t.GetRcvWscale())
+	s.TSVal, s.MSS = t.GetTimestamp(), t.GetMssClamp()
+	s.SndWnd, s.RcvWnd, s.RcvWup = t.GetSndWnd(), t.GetRcvWnd(), t.GetRcvWup()
+	return nil
+}
+
+// PIDs reads the numbers of all threads in images.
+func PIDs(dir string) ([]int, error) {
+	var out []int
+	err := entries(filepath.Join(dir, "pstree.img"), func(b []byte) error {
+		var p pstree.PstreeEntry
+		if err := proto.Unmarshal(b, &p); err != nil {
+			return err
+		}
+		for _, t := range p.GetThreads() {
+			out = append(out, int(t))
+		}
+		return nil
+	})
+	return out, err
+}
+
+var (
+	errEnough = errors.New("enough")
+	errNone   = errors.New("it has no entry")
+)
+
+// entries calls f for each entry of an image: two magic numbers, then each entry behind
+// its length (criu/image.c). f ends it with errEnough.
+func entries(path string, f func([]byte) error) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	const magics = 8
+	var head [4]byte
+	if _, err := file.Seek(magics, io.SeekStart); err != nil {
+		return err
+	}
+	in := io.Reader(file)
+	for {
+		switch _, err := io.ReadFull(in, head[:]); {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return fmt.Errorf("%s: it is cut off: %w", path, err)
+		}
+		n := binary.LittleEndian.Uint32(head[:])
+		if n > mostEntry {
+			return fmt.Errorf("%s: an entry of %d octets is none of CRIU's", path, n)
+		}
+		b := make([]byte, n)
+		if _, err := io.ReadFull(in, b); err != nil {
+			return fmt.Errorf("%s: it is cut off: %w", path, err)
+		}
+		switch err := f(b); {
+		case errors.Is(err, errEnough):
+			return nil
+		case err != nil:
+			return fmt.Errorf("%s: %w", path, err)
+		}
+	}
+}

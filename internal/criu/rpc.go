@@ -1,0 +1,233 @@
+package criu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/checkpoint-restore/go-criu/v8/rpc"
+)
+
+// Actions at which CRIU tells how far it is (criu(8), --action-script).
+const (
+	PreDump     = "pre-dump"     // nothing is stopped yet
+	PostDump    = "post-dump"    // the images are whole, the tasks stand still; an error lets them run on
+	PostRestore = "post-restore" // the tasks and sockets are there, in repair mode; an error ends them
+	PreResume   = "pre-resume"   // the sockets work, the tasks stand still; CRIU goes on whatever is answered
+)
+
+// Run is one run of CRIU.
+type Run struct {
+	Command string // name on PATH or path
+	Images  string // directory of the images
+	Work    string // directory of the log and the statistics
+	Log     string // name of the log in it
+	// Start starts the command: in another namespace or cgroup. nil: cmd.Start.
+	Start func(*exec.Cmd) error
+	// Notify is called at each action, with the number of the root task where CRIU
+	// tells it (PostRestore), else 0. nil: never.
+	Notify func(action string, pid int) error
+	// Began is told the number of CRIU's own process; may be nil.
+	Began func(pid int)
+}
+
+// DumpOptions of Dump and PreDump.
+type DumpOptions struct {
+	PID int
+	// Parent is the directory, relative to Images, of the pre-dump before; "": none.
+	Parent string
+	// Track has the kernel note which memory changes from now on.
+	Track bool
+}
+
+func (r Run) options() *rpc.CriuOpts {
+	return &rpc.CriuOpts{
+		TcpEstablished: ptr(true), TcpSkipInFlight: ptr(true), // what waits to be accepted is not the process's yet
+		NetworkLock:       rpc.CriuNetworkLockMethod_SKIP.Enum(),
+		ManageCgroupsMode: rpc.CriuCgMode_IGNORE.Enum(), ManageCgroups: ptr(true),
+		FileLocks: ptr(true), LinkRemap: ptr(true),
+		LogLevel: ptr[int32](4), LogFile: ptr(r.Log),
+	}
+}
+
+// Dump writes the images of a process and its children and ends them, unless
+// Notify(PostDump) fails: then they run on.
+func (r Run) Dump(ctx context.Context, d DumpOptions) error {
+	o := r.options()
+	o.Pid = ptr(int32(d.PID))
+	o.TrackMem = ptr(d.Track)
+	if d.Parent != "" {
+		o.ParentImg = ptr(d.Parent)
+	}
+	return r.do(ctx, "dump", rpc.CriuReqType_DUMP, o)
+}
+
+// PreDump writes the memory of a process, which runs on, and has the kernel track
+// what of it changes.
+func (r Run) PreDump(ctx context.Context, d DumpOptions) error {
+	o := r.options()
+	o.Pid = ptr(int32(d.PID))
+	o.TrackMem = ptr(true)
+	if d.Parent != "" {
+		o.ParentImg = ptr(d.Parent)
+	}
+	return r.do(ctx, "pre-dump", rpc.CriuReqType_PRE_DUMP, o)
+}
+
+// Restore makes the processes of the images. They do not end with the caller.
+func (r Run) Restore(ctx context.Context) error {
+	return r.do(ctx, "restore", rpc.CriuReqType_RESTORE, r.options())
+}
+
+func ptr[T any](v T) *T { return &v }
+
+// do sends one request and answers the notifications that come before its reply.
+// When ctx ends the next notification that may fail does: CRIU must not be killed while
+// it has its code in a task.
+func (r Run) do(ctx context.Context, what string, kind rpc.CriuReqType, o *rpc.CriuOpts) error {
+	images, err := os.Open(r.Images)
+	if err != nil {
+		return fmt.Errorf("criu %s: %w", what, err)
+	}
+	defer images.Close()
+	work, err := os.Open(r.Work)
+	if err != nil {
+		return fmt.Errorf("criu %s: %w", what, err)
+	}
+	defer work.Close()
+	s, err := r.start()
+	if err != nil {
+		return fmt.Errorf("criu %s: %w", what, err)
+	}
+	defer s.close()
+	// CRIU opens them by the numbers that they have in this process.
+	o.ImagesDirFd, o.WorkDirFd = ptr(int32(images.Fd())), ptr(int32(work.Fd()))
+	o.NotifyScripts = ptr(r.Notify != nil)
+	refused, err := s.ask(ctx, &rpc.CriuReq{Type: kind.Enum(), Opts: o}, r.Notify)
+	switch {
+	case refused != nil: // what CRIU says of it is nothing but its consequence
+		return refused
+	case err == nil:
+		return nil
+	}
+	return fmt.Errorf("criu %s failed: %w", what, r.explain(err))
+}
+
+// socketFD is the number of the socket in CRIU's process.
+const socketFD = 3
+
+// session is a running CRIU.
+type session struct {
+	sk  *os.File
+	cmd *exec.Cmd
+	out strings.Builder
+}
+
+func (r Run) start() (*session, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	s := &session{sk: os.NewFile(uintptr(fds[0]), "criu")}
+	theirs := os.NewFile(uintptr(fds[1]), "criu")
+	defer theirs.Close()
+	// Its own session: a signal from the terminal must not end it in a task.
+	s.cmd = exec.Command(r.Command, "swrk", fmt.Sprint(socketFD))
+	s.cmd.ExtraFiles = []*os.File{theirs}
+	s.cmd.Stdout, s.cmd.Stderr = &s.out, &s.out
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	begin := r.Start
+	if begin == nil {
+		begin = (*exec.Cmd).Start
+	}
+	if err := begin(s.cmd); err != nil {
+		s.sk.Close()
+		return nil, err
+	}
+	if r.Began != nil {
+		r.Began(s.cmd.Process.Pid)
+	}
+	return s, nil
+}
+
+// close waits for CRIU's end: it ends by itself when nobody listens.
+func (s *session) close() {
+	s.sk.Close()
+	_ = s.cmd.Wait()
+}
+
+// ask carries out one request; refused is why a notification was answered with a
+// failure.
+func (s *session) ask(ctx context.Context, req *rpc.CriuReq, notify func(string, int) error) (refused, err error) {
+	for {
+		b, err := req.MarshalVT()
+		if err != nil {
+			return refused, err
+		}
+		if _, err := s.sk.Write(b); err != nil {
+			return refused, s.lost(err)
+		}
+		buf := make([]byte, 64<<10)
+		n, err := s.sk.Read(buf)
+		if err != nil || n == 0 {
+			return refused, s.lost(err)
+		}
+		var resp rpc.CriuResp
+		if err := resp.UnmarshalVT(buf[:n]); err != nil {
+			return refused, err
+		}
+		if resp.GetType() != rpc.CriuReqType_NOTIFY {
+			if !resp.GetSuccess() {
+				return refused, errors.New(strings.TrimSpace(resp.GetCrErrmsg()))
+			}
+			return refused, nil
+		}
+		if n := resp.GetNotify(); refused == nil && notify != nil {
+			action := n.GetScript()
+			if err := context.Cause(ctx); err != nil && (action == PreDump || action == PostDump || action == PostRestore) {
+				refused = err
+			} else {
+				refused = notify(action, int(n.GetPid()))
+			}
+		}
+		req = &rpc.CriuReq{Type: rpc.CriuReqType_NOTIFY.Enum(), NotifySuccess: ptr(refused == nil)}
+	}
+}
+
+// lost is for a CRIU that is gone.
+func (s *session) lost(err error) error {
+	s.sk.Close()
+	werr := s.cmd.Wait()
+	text := strings.TrimSpace(s.out.String())
+	switch {
+	case text != "":
+		return fmt.Errorf("it ended (%v): %s", werr, text)
+	case werr != nil:
+		return fmt.Errorf("it ended: %w", werr)
+	}
+	return fmt.Errorf("it ended without an answer: %v", err)
+}
+
+// explain adds what the log tells, and where it is.
+func (r Run) explain(err error) error {
+	path := filepath.Join(r.Work, r.Log)
+	line := Telling(path)
+	switch text := err.Error(); {
+	case line == "":
+		if text == "" {
+			text = "it gave no reason"
+		}
+		return fmt.Errorf("%s (its log is %s)", text, path)
+	case text == "" || strings.Contains(line, text):
+		return fmt.Errorf("%s (its log is %s)", line, path)
+	default:
+		return fmt.Errorf("%s: %s (its log is %s)", text, line, path)
+	}
+}
