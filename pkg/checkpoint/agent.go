@@ -94,6 +94,7 @@ type agent struct {
 	addrs       addresses
 	sysctl      func(namespace, name string) string // a value below /proc/sys, "" where it cannot be read
 	launch      launcher
+	images      imager
 	peers       *control.Peers // the way to the other nodes
 	store       store
 	intents     intents
@@ -144,6 +145,7 @@ func Run(ctx context.Context, o Options) error {
 	defer filter.Close()
 	a := newAgent(ctx, o, cfg, filter)
 	a.launch, a.addrs = launch, osAddresses{log: o.Logger}
+	a.images = osImager{launch, func() string { return a.config().Node.CRIU.Command }}
 	a.openSockets = openSockets
 	if a.peers, err = control.NewPeers(control.ClusterPeers(a.config)); err != nil {
 		return err
@@ -347,10 +349,14 @@ func (a *agent) freshApp(name string) (*config.App, error) {
 
 // trusted tells whether root may run what the application's file says.
 func (a *agent) trusted(app *config.App) error {
+	return a.trustedFile(app, filepath.Join(a.config().SharedDir, "apps", app.Name+".toml"))
+}
+
+// trustedFile tells whether root may run what a file says.
+func (a *agent) trustedFile(app *config.App, path string) error {
 	if os.Geteuid() != 0 {
 		return nil
 	}
-	path := filepath.Join(a.config().SharedDir, "apps", app.Name+".toml")
 	if err := a.trust(path); err != nil {
 		return control.Error(connect.CodePermissionDenied, app.Name, "", err.Error())
 	}

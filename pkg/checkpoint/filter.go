@@ -136,7 +136,7 @@ func prefixes(list []netip.Prefix) []string {
 func socketMessage(k sockdiag.Socket, passive bool) *pb.Socket {
 	m := &pb.Socket{
 		Local: k.Local.String(), Remote: k.Remote.String(), State: k.State.String(), Passive: passive,
-		RecvQueue: k.RecvQ, SendQueue: k.SendQ,
+		RecvQueue: k.RecvQ, SendQueue: k.SendQ, Owned: k.Inode != 0,
 	}
 	if i := k.Info; i != nil {
 		m.HasInfo = true

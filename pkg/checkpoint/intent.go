@@ -30,6 +30,10 @@ type intent struct {
 	// restored here where that fails.
 	Ran    bool   `json:"ran,omitempty"`
 	ToNode string `json:"to_node,omitempty"`
+	// Temp is where the images of the snapshot are written, CRIU the number of the
+	// process that writes them.
+	Temp string `json:"temp,omitempty"`
+	CRIU int    `json:"criu,omitempty"`
 }
 
 // intents keeps them.

@@ -35,7 +35,7 @@ func TestNodeStatus(t *testing.T) {
 	w.others = []*pb.AppStatus{{Name: "gone", State: control.StateBlockData, TakenBy: "node-b"}}
 	vip := []netip.Addr{netip.MustParseAddr("192.0.2.101")}
 	a.cfg.Apps["away"] = &config.App{Name: "away", VIPs: vip, Nodes: []string{"node-b", "node-c"}}
-	a.cfg.Apps["criu"] = &config.App{Name: "criu", VIPs: vip, Checkpoint: config.Checkpoint{Engine: config.EngineCRIU}}
+	a.cfg.Apps["unit"] = &config.App{Name: "unit", VIPs: vip, Process: config.Process{SystemdUnit: "redis.service"}}
 	a.cfg.AppFaults = map[string]config.Faults{"broken": {{File: "broken.toml", Line: 3, Col: 1, Message: "bad"}}}
 	a.cfg.Node.LoadFile = filepath.Join(t.TempDir(), "load")
 	writeFile(t, a.cfg.Node.LoadFile, "0.75\n")
@@ -49,7 +49,7 @@ func TestNodeStatus(t *testing.T) {
 	if n := apps["gone"]; n.State != control.StateBlockData || n.TakenBy != "node-b" || n.MayRun || !strings.Contains(n.Fault, "gone.toml") {
 		t.Errorf("gone: %v", n)
 	}
-	for name, fault := range map[string]string{"away": "node-b, node-c", "criu": "not supported", "broken": "broken.toml:3:1: bad"} {
+	for name, fault := range map[string]string{"away": "node-b, node-c", "unit": "not supported", "broken": "broken.toml:3:1: bad"} {
 		if n := apps[name]; n.MayRun || !strings.Contains(n.Fault, fault) || n.State != "" {
 			t.Errorf("%s: %v", name, n)
 		}

@@ -33,10 +33,13 @@ type restoreRun struct {
 	oldAgent nfconnfilterv1connect.AgentClient
 	taken    bool // they were handed over before, and can go back there still
 
-	info    *pb.ConnInfoReply // the connections before the application started; nil where old sockets were in the way
-	opening bool              // RESTORED was sent
-	lone    time.Time         // since when the application is only waited for to open connections again
-	givenUp []string          // connections that it did not open
+	info     *pb.ConnInfoReply // the connections before the application started; nil where old sockets were in the way
+	opening  bool              // RESTORED was sent
+	manifest *Manifest         // of the images; nil: the application is started anew
+	whole    chan error        // whether they are
+
+	lone    time.Time // since when the application is only waited for to open connections again
+	givenUp []string  // connections that it did not open
 }
 
 // restore brings an application back, and its connections with it.
@@ -109,6 +112,9 @@ func (a *agent) restoreHeld(op *operation, app *config.App, st *pb.AppStatus, id
 }
 
 func (r *restoreRun) run() error {
+	if err := r.image(); err != nil {
+		return err
+	}
 	steps := []func() error{r.claim, r.place, r.announce, r.clear, r.launch}
 	if r.old != "" && !r.taken { // the filter answers before the addresses come
 		steps = []func() error{r.place, r.announce, r.claim, r.clear, r.launch}
@@ -118,6 +124,14 @@ func (r *restoreRun) run() error {
 			return err
 		}
 	}
+	if r.manifest != nil { // CRIU has called for it
+		return nil
+	}
+	return r.comeBack()
+}
+
+// comeBack brings the connections back and opens them.
+func (r *restoreRun) comeBack() error {
 	for try := 1; ; try++ {
 		if err := r.reconnect(); err != nil {
 			return err
@@ -219,7 +233,7 @@ func (r *restoreRun) clear() error {
 	if err != nil {
 		return err
 	}
-	if n == 0 { // so none of them can be in the way
+	if n == 0 && r.manifest == nil { // so none of them can be in the way
 		r.info = info
 	}
 	return r.activate(info)
@@ -250,7 +264,7 @@ func (a *agent) destroyOld(socks sockets, app *config.App, held map[string]bool)
 func (r *restoreRun) activate(info *pb.ConnInfoReply) error {
 	var ids []*pb.ConnID
 	for _, c := range info.Conns {
-		if c.Restorable && c.Role == control.RoleActive {
+		if c.Restorable && c.Role == control.RoleActive && !c.Image {
 			ids = append(ids, &pb.ConnID{Local: c.Local, Remote: c.Remote})
 		}
 	}
@@ -267,6 +281,9 @@ func (r *restoreRun) restoreConn(ids []*pb.ConnID, kind string) error {
 }
 
 func (r *restoreRun) launch() (err error) {
+	if r.manifest != nil {
+		return r.launchImage()
+	}
 	asked := make(chan error, 1)
 	r.a.wg.Go(func() { asked <- r.askRemotes() })
 	r.proc, err = r.a.startProcess(r.op, r.app, r.socks)

@@ -150,6 +150,15 @@ func (a *agent) resume(op *operation, app *config.App, in *intent) (did string, 
 // resumeSnapshot gives a snapshot up, or, where that is not possible any more,
 // brings it to its end.
 func (a *agent) resumeSnapshot(op *operation, app *config.App, in *intent, st *pb.AppStatus, proc process) (string, func() error, error) {
+	if in.Temp != "" && proc != nil {
+		op.enter("criu")
+		if err := a.images.settle(op.ctx, in.CRIU, proc); err != nil {
+			return "", nil, err
+		}
+		if !proc.alive() {
+			proc = nil
+		}
+	}
 	if !in.Sealed && proc != nil {
 		refused, err := a.takeBack(op, app)
 		if err == nil {
@@ -193,11 +202,15 @@ func (a *agent) goForward(op *operation, app *config.App, in *intent, proc proce
 	case !errors.Is(err, os.ErrNotExist): // a namespace goes with its last process; nothing is looked at any more
 		return "", err
 	}
-	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, force: in.Force || !in.Sealed, leftOut: map[string]bool{}, id: in.SnapshotID}
+	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, force: in.Force || !in.Sealed, leftOut: map[string]bool{}, id: in.SnapshotID, temp: in.Temp}
 	if err := r.prepare(); err != nil {
 		return "", err
 	}
-	if err := r.seal(); err != nil {
+	if in.Temp != "" { // SEAL may be repeated, and the images tell the same
+		if err := r.sealAgain(); err != nil {
+			return "", err
+		}
+	} else if err := r.seal(); err != nil {
 		if proc != nil || connect.CodeOf(err) != connect.CodeFailedPrecondition {
 			return "", err
 		}

@@ -34,20 +34,24 @@ const (
 
 // snapshotRun is one snapshot with the restart engine.
 type snapshotRun struct {
-	a       *agent
-	op      *operation
-	app     *config.App
-	proc    process
-	socks   sockets
-	scope   *scope
-	force   bool
-	drain   time.Duration
-	leftOut map[string]bool   // connections that the filter could not learn
-	forced  []string          // what is missing of which connection
-	notes   []string          // what the operator should know
-	info    *pb.ConnInfoReply // of the last account
-	pending *pendingSnapshot
-	id      string // known from an earlier agent
+	a         *agent
+	op        *operation
+	app       *config.App
+	proc      process
+	socks     sockets
+	scope     *scope
+	force     bool
+	drain     time.Duration
+	leftOut   map[string]bool   // connections that the filter could not learn
+	forced    []string          // what is missing of which connection
+	notes     []string          // what the operator should know
+	info      *pb.ConnInfoReply // of the last account
+	pending   *pendingSnapshot
+	id        string       // known from an earlier agent
+	criu      int          // process number of CRIU
+	announced func() error // waits for the end of announce
+	summed    <-chan error // the images have their checksums and are on the disk
+	temp      string       // of images that an earlier agent has written
 }
 
 // snapshot takes an application off its node while its clients stay connected.
@@ -104,8 +108,14 @@ func (a *agent) takeSnapshot(op *operation, app *config.App, req *pb.AgentSnapsh
 	if req.DrainTimeoutMs > 0 {
 		r.drain = time.Duration(req.DrainTimeoutMs) * time.Millisecond
 	}
+	if r.byImage() {
+		return r.runImage()
+	}
 	return r.run()
 }
+
+// byImage tells whether the process is dumped.
+func (r *snapshotRun) byImage() bool { return engine(r.app) == config.EngineCRIU }
 
 // run goes through the steps. Up to the seal everything can be taken back.
 func (r *snapshotRun) run() (*pb.AgentSnapshotReply, error) {
@@ -189,7 +199,7 @@ func (r *snapshotRun) announce() error {
 		return err
 	}
 	req := &pb.SnapshotStartRequest{App: r.app.Name, LeaveOut: r.force, ListenPorts: r.scope.listenPorts(ls),
-		Boundary: r.app.Checkpoint.Boundary, QuietMs: r.app.Checkpoint.Quiet.Std().Milliseconds()}
+		Boundary: r.app.Checkpoint.Boundary, QuietMs: r.app.Checkpoint.Quiet.Std().Milliseconds(), Silent: r.byImage()}
 	var others []sockdiag.Socket
 	if req.Sockets, others, err = r.scope.pick(all, forSnapshot, r.known); err != nil {
 		return err
@@ -265,7 +275,7 @@ func (r *snapshotRun) freeze() error {
 	r.op.enter("freeze")
 	c, h := r.app.Checkpoint, r.app.Hold
 	req := &pb.SnapshotFreezeRequest{
-		App: r.app.Name, Boundary: c.Boundary, QuietMs: c.Quiet.Std().Milliseconds(), PassCloses: true,
+		App: r.app.Name, Boundary: c.Boundary, QuietMs: c.Quiet.Std().Milliseconds(), PassCloses: !r.byImage(), Silent: r.byImage(),
 		AbortOnData: r.abortOnData(), Spool: uint32(min(h.Spool, 1<<30)), WakeFull: h.Wake == config.WakeFull}
 	for _, b := range r.app.Heartbeats {
 		req.Heartbeats = append(req.Heartbeats, &pb.Heartbeat{Remote: b.Remote.String(), Match: b.Match, Reply: b.Reply, Send: b.Send,
@@ -428,12 +438,16 @@ func (r *snapshotRun) prepare() error {
 	if r.id == "" {
 		r.id = newSnapshotID(now)
 	}
-	m := Manifest{App: r.app.Name, ID: r.id, Node: node.Name, Time: now, Engine: config.EngineRestart}
+	m := Manifest{App: r.app.Name, ID: r.id, Node: node.Name, Time: now, Engine: engine(r.app)}
 	if node.Address.IsValid() {
 		m.NodeAddress = node.Address.String()
 	}
 	var err error
-	r.pending, err = r.a.store.begin(m, r.info)
+	if r.temp != "" {
+		r.pending, err = r.a.store.reopen(m, r.temp)
+	} else {
+		r.pending, err = r.a.store.begin(m, r.info)
+	}
 	return err
 }
 
@@ -468,8 +482,14 @@ func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
 	// With everything accounted for nothing has moved since.
 	var moved *pb.ConnInfoReply
 	var serr error
-	if r.force {
+	if r.force || r.byImage() {
 		moved, serr = r.a.connInfo(ctx, r.app.Name)
+	}
+	if r.byImage() {
+		if r.summed == nil { // an earlier agent has written them
+			r.summed = r.pending.sumImages()
+		}
+		serr = errors.Join(serr, <-r.summed)
 	}
 	if serr == nil {
 		serr = r.pending.commit(moved)

@@ -21,13 +21,9 @@ const listenPoll = 2 * time.Millisecond
 
 // supported refuses what is configured and not built yet.
 func supported(op string, app *config.App) error {
-	switch {
-	case app.Process.SystemdUnit != "":
+	if app.Process.SystemdUnit != "" {
 		return control.Error(connect.CodeUnimplemented, app.Name, "",
 			op+" of "+app.Name+": process.systemd_unit is not supported yet; use process.start")
-	case app.Checkpoint.Engine == config.EngineCRIU:
-		return control.Error(connect.CodeUnimplemented, app.Name, "",
-			op+" of "+app.Name+`: checkpoint.engine = "criu" is not supported yet; use "restart"`)
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -45,6 +46,9 @@ type Manifest struct {
 	// Files holds the SHA-256 of every other file, in hexadecimal.
 	Files map[string]string `json:"files"`
 }
+
+// images tells whether the snapshot holds the images of its process.
+func (m *Manifest) images() bool { return m.Engine == config.EngineCRIU }
 
 // store keeps snapshots below DIR/snapshots. It leaves that directory by no
 // link.
@@ -90,6 +94,7 @@ type pendingSnapshot struct {
 	store       store
 	temp, final string // below the store's directory
 	manifest    Manifest
+	images      map[string]string // checksums
 }
 
 // begin makes the directory of a new snapshot and writes what is known, so
@@ -128,6 +133,7 @@ func (p *pendingSnapshot) write(dir *os.Root, conns *nfconnfilterv1.ConnInfoRepl
 	}
 	sum := sha256.Sum256(b)
 	p.manifest.Files = map[string]string{connectionsFile: hex.EncodeToString(sum[:])}
+	maps.Copy(p.manifest.Files, p.images)
 	m, err := json.MarshalIndent(p.manifest, "", "  ")
 	if err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
@@ -155,8 +161,10 @@ func (p *pendingSnapshot) commit(conns *nfconnfilterv1.ConnInfoReply) error {
 			return err
 		}
 	}
-	if err := dir.Rename(p.temp, p.final); err != nil {
-		return fmt.Errorf("snapshot store: %w", err)
+	if p.temp != p.final {
+		if err := dir.Rename(p.temp, p.final); err != nil {
+			return fmt.Errorf("snapshot store: %w", err)
+		}
 	}
 	if err := errors.Join(syncDir(dir, filepath.Dir(p.final)), syncDir(dir, ".")); err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
@@ -275,7 +283,15 @@ func (s store) check(app, id string) (m *Manifest, connections []byte, err error
 	if _, ok := m.Files[connectionsFile]; !ok {
 		return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: its manifest does not name %s", id, app, connectionsFile)
 	}
+	if m.images() {
+		if err := s.checkImages(m); err != nil {
+			return nil, nil, err
+		}
+	}
 	for name, want := range m.Files {
+		if strings.HasPrefix(name, imagesDir+"/") && m.images() {
+			continue
+		}
 		if name != filepath.Base(name) || name == ".." || name == "." {
 			return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: its manifest names %q", id, app, name)
 		}

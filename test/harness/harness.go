@@ -5,6 +5,7 @@
 package harness
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -43,7 +44,9 @@ type Options struct {
 	Holdpoint bool
 	// Scheduler, "IP:port", receives the restore requests; empty: the agent does.
 	Scheduler string
-	Apps      []App
+	// CRIU is the command for applications with engine "criu".
+	CRIU string
+	Apps []App
 }
 
 // Node is a node namespace with its configuration, and a client namespace.
@@ -141,7 +144,9 @@ address = %q
 state_dir = %q
 control_socket = %q
 agent_socket = %q
-%s`, n.name, testnet.Iface, n.Net.NodeAddr(), n.Path("state"), n.Path("control.sock"), n.Path("agent.sock"), more)
+%s[criu]
+command = %q
+`, n.name, testnet.Iface, n.Net.NodeAddr(), n.Path("state"), n.Path("control.sock"), n.Path("agent.sock"), more, cmp.Or(n.o.CRIU, "criu"))
 	return os.WriteFile(n.Path("node.toml"), []byte(node), 0o644)
 }
 

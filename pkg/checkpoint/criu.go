@@ -1,0 +1,291 @@
+package checkpoint
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/criu"
+	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
+	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
+)
+
+// Engine "criu": the process is dumped with its memory and sockets.
+//
+//	CRIU starts
+//	pre-dump     SNAPSHOTSTART, SNAPSHOTFREEZE: the silent seal, before a task is stopped
+//	             CRIU stops the tasks and writes the images
+//	post-dump    SEAL with the numbers of the images, or the tasks run on
+//	             CRIU ends the tasks: sockets in repair mode say nothing
+//	             SNAPSHOTDONE
+//
+// and back:
+//
+//	             RESTORESTART, the VIPs
+//	post-restore RESTORECONN "image", or all of it is ended
+//	pre-resume   RESTORED: the sockets work, the tasks stand still
+
+// runImage takes a snapshot with images. Up to the seal everything can be taken back.
+func (r *snapshotRun) runImage() (*pb.AgentSnapshotReply, error) {
+	if err := r.prepareImage(); err != nil {
+		return nil, r.rollBack(err)
+	}
+	r.op.enter("criu")
+	// While CRIU starts: rules are written and every connection begins to be learned.
+	announced := make(chan error, 1)
+	r.a.wg.Go(func() { announced <- r.announce() })
+	r.announced = sync.OnceValue(func() error { return <-announced })
+	err := r.a.images.dump(r.op.ctx, r.app, r.proc, imageRun{
+		images: filepath.Join(r.pending.dir(), imagesDir), work: r.pending.dir(), log: dumpLog,
+		began:  func(pid int) error { r.criu = pid; return r.intendImage(false) },
+		notify: r.dumping,
+	})
+	err = errors.Join(err, r.announced()) // or it would begin behind the end
+	if _, _, sealed := r.op.state(); err != nil && !sealed {
+		return nil, r.rollBack(r.withLog(err))
+	} else if err != nil { // the images are whole: what still runs of it is ended
+		r.a.log.Warn("CRIU failed behind the seal, the images are whole", "app", r.app.Name, "err", err)
+	}
+	return r.complete()
+}
+
+// withLog leaves CRIU's log where the error says.
+func (r *snapshotRun) withLog(err error) error {
+	at := filepath.Join(r.pending.dir(), dumpLog)
+	if !strings.Contains(err.Error(), at) {
+		return err
+	}
+	if kept := r.pending.keepLog(); kept != "" {
+		return errors.New(strings.ReplaceAll(err.Error(), at, kept))
+	}
+	return err
+}
+
+// intendImage records how far the dump is: an agent that takes over looks at the
+// process that writes it first.
+func (r *snapshotRun) intendImage(sealed bool) error {
+	return r.a.intend(r.op, intent{Sealed: sealed, SnapshotID: r.id, Force: r.force, Temp: r.pending.temp, CRIU: r.criu})
+}
+
+// prepareImage makes the place of the snapshot.
+func (r *snapshotRun) prepareImage() error {
+	r.info = &pb.ConnInfoReply{} // it is written again when they are known
+	if err := r.prepare(); err != nil {
+		return err
+	}
+	return r.pending.makeImages()
+}
+
+// dumping is called by CRIU.
+func (r *snapshotRun) dumping(action string) error {
+	switch action {
+	case criu.PreDump:
+		for _, step := range []func() error{r.announced, r.freeze, r.accepted} {
+			if err := step(); err != nil {
+				return err
+			}
+		}
+		r.op.enter("dump")
+	case criu.PostDump:
+		r.summed = r.pending.sumImages()
+		return r.sealImage()
+	}
+	return nil
+}
+
+// accepted waits until the application has taken the connections that its kernel has
+// accepted for it: they are not the process's before, and in no image.
+func (r *snapshotRun) accepted() error {
+	late := errors.New("time-out")
+	ctx, cancel := context.WithTimeoutCause(r.op.ctx, min(r.drain, time.Second), late)
+	defer cancel()
+	err := poll(ctx, pollFirst, pollMost, func() (bool, error) {
+		ls, err := r.socks.Listeners(r.app.VIPs, nil)
+		if err != nil {
+			return false, err
+		}
+		return !slices.ContainsFunc(ls, func(l sockdiag.Socket) bool { return l.RecvQ > 0 }), nil
+	})
+	if errors.Is(err, late) {
+		return nil // SEAL tells what would be lost
+	}
+	return err
+}
+
+// sealImage compares the images with what the filter knows; from here the snapshot
+// goes forward.
+func (r *snapshotRun) sealImage() error {
+	r.op.enter("compare")
+	socks, err := r.a.images.sockets(filepath.Join(r.pending.dir(), imagesDir))
+	if err != nil {
+		return fmt.Errorf("the images: %w", err)
+	}
+	req := &pb.SealRequest{App: r.app.Name}
+	for i := range socks {
+		k := &socks[i]
+		if !slices.Contains(r.app.VIPs, k.Local.Addr()) || r.scope.sameHost(sockdiag.Socket{Local: k.Local, Remote: k.Remote}) {
+			continue
+		}
+		req.Image = append(req.Image, r.imageMessage(k))
+	}
+	r.op.note("%d connections", len(req.Image))
+	r.op.enter("seal")
+	if err := r.intendImage(true); err != nil {
+		return err
+	}
+	if err := r.op.commit(); err != nil {
+		return err
+	}
+	ctx, cancel := r.op.cleanup()
+	defer cancel()
+	if _, err = r.a.filter.Seal(ctx, connect.NewRequest(req)); err != nil {
+		r.op.takeBack()
+		return errors.Join(filterError(err, r.app.Name, control.RequestSeal), r.intendImage(false))
+	}
+	r.op.enter("kill")
+	return nil
+}
+
+func (r *snapshotRun) imageMessage(k *criu.Socket) *pb.ImageSocket {
+	return &pb.ImageSocket{
+		Local: k.Local.String(), Remote: k.Remote.String(), Passive: r.scope.passive(sockdiag.Socket{Local: k.Local}),
+		LocalClosed: k.LocalClosed, RemoteClosed: k.RemoteClosed,
+		RcvNxt: k.RcvNxt, SndUna: k.SndUna, SndNxt: k.SndNxt, Unread: k.Unread,
+		OptTimestamps: k.Timestamps, OptSack: k.SACK, OptWscale: k.WScale, OptEcn: k.ECN,
+		SndWscale: uint32(k.SndWScale), RcvWscale: uint32(k.RcvWScale), Tsval: k.TSVal, Mss: k.MSS,
+		RemoteWindow: k.SndWnd, LocalWindow: k.RcvWnd, LocalWup: k.RcvWup,
+	}
+}
+
+// image finds out whether what is restored has images, and begins to look whether they
+// are whole.
+func (r *restoreRun) image() error {
+	m, err := r.a.store.imagesOf(r.app.Name, r.id)
+	if err != nil || m == nil {
+		return err
+	}
+	r.manifest = m
+	r.whole = make(chan error, 1)
+	r.a.wg.Go(func() { r.whole <- r.trustedImages() })
+	return nil
+}
+
+// imagesDir is where the images are.
+func (r *restoreRun) imagesDir() string {
+	return filepath.Join(r.a.store.dir, r.app.Name, r.id, imagesDir)
+}
+
+// trustedImages tells why the processes in the images are not to be made: whoever can
+// write there runs as root.
+func (r *restoreRun) trustedImages() error {
+	if err := r.a.store.checkImages(r.manifest); err != nil {
+		return err
+	}
+	return r.a.trustedFile(r.app, filepath.Join(filepath.Dir(r.imagesDir()), manifestFile))
+}
+
+// launchImage has CRIU make the processes again, and opens the connections before they
+// go on.
+func (r *restoreRun) launchImage() error {
+	r.op.enter("check")
+	if err := <-r.whole; err != nil {
+		return err
+	}
+	if who, err := r.a.images.taken(r.imagesDir()); err != nil {
+		return err
+	} else if who != "" {
+		return fmt.Errorf("its process number %s is taken by another process on this node; end that, or restore it on another node (ckptctl restore %s --to NODE)", who, r.app.Name)
+	}
+	if err := notTaken(r.socks, r.app); err != nil {
+		return err
+	}
+	asked := make(chan error, 1)
+	r.a.wg.Go(func() { asked <- r.askRemotes() })
+	r.op.enter("criu")
+	err := r.a.images.restore(r.op.ctx, r.app, imageRun{
+		images: r.imagesDir(), work: filepath.Dir(r.imagesDir()), log: fmt.Sprintf(restoreLogs, cmp.Or(r.a.config().Node.Name, "node")),
+		notify: r.restoring,
+	}, func(p process) {
+		r.proc = p
+		r.a.setProcess(r.app.Name, p)
+	})
+	return errors.Join(err, <-asked)
+}
+
+// restoring is called by CRIU.
+func (r *restoreRun) restoring(action string) error {
+	switch action {
+	case criu.PostRestore:
+		return r.socketsBack()
+	case criu.PreResume:
+		return r.comeBack()
+	}
+	return nil
+}
+
+// socketsBack tells the filter which sockets are there again. One that is missing
+// would leave its client held for ever.
+func (r *restoreRun) socketsBack() error {
+	r.op.enter("sockets")
+	info, err := r.a.connInfo(r.op.ctx, r.app.Name)
+	if err != nil {
+		return err
+	}
+	socks, err := r.socks.List(sockdiag.Query{Local: r.app.VIPs})
+	if err != nil {
+		return err
+	}
+	there := make(map[string]bool, len(socks))
+	for _, k := range socks {
+		there[pairName(k.Local.String(), k.Remote.String())] = k.State != sockdiag.TimeWait
+	}
+	var ids []*pb.ConnID
+	var missing []string
+	for _, c := range info.Conns {
+		switch {
+		case !c.Image:
+		case there[socketName(c)]:
+			ids = append(ids, &pb.ConnID{Local: c.Local, Remote: c.Remote})
+		default:
+			missing = append(missing, pairName(c.Local, c.Remote))
+		}
+	}
+	if len(missing) > 0 {
+		return control.Error(connect.CodeFailedPrecondition, r.app.Name, "",
+			fmt.Sprintf("%d connections are not there again although CRIU has restored their process: %s", len(missing), named(missing)), missing...)
+	}
+	r.op.note("%d connections", len(ids))
+	if len(ids) == 0 {
+		return nil
+	}
+	return r.restoreConn(ids, control.KindImage)
+}
+
+// engine names what a snapshot of the application is taken with.
+func engine(app *config.App) string { return cmp.Or(app.Checkpoint.Engine, config.EngineRestart) }
+
+// sealAgain repeats, for an agent that died behind the seal, what the images tell.
+func (r *snapshotRun) sealAgain() error {
+	var ls []sockdiag.Socket
+	if r.socks != nil {
+		var err error
+		if ls, err = r.socks.Listeners(r.app.VIPs, nil); err != nil {
+			return err
+		}
+	}
+	var err error
+	if r.scope, err = r.a.newScope(r.op.ctx, r.app, ls); err != nil {
+		return err
+	}
+	return r.sealImage()
+}

@@ -1,0 +1,227 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/criu"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+)
+
+// imager writes and reads images of whole processes.
+type imager interface {
+	// dump writes the images of a process and ends it, unless notify fails at
+	// criu.PostDump; the process runs on then, as after any other failure.
+	dump(ctx context.Context, app *config.App, p process, r imageRun) error
+	// restore makes the processes of the images. With an error none is left.
+	restore(ctx context.Context, app *config.App, r imageRun, back func(process)) error
+	// sockets reads the TCP connections of images.
+	sockets(dir string) ([]criu.Socket, error)
+	// taken names a process that has one of the numbers that the images need; "": nobody.
+	taken(dir string) (string, error)
+	// settle sees that a CRIU which an earlier agent has started is gone, and that
+	// its process is as before; it takes what time that needs.
+	settle(ctx context.Context, pid int, p process) error
+}
+
+// imageRun is one run of CRIU.
+type imageRun struct {
+	images, work, log string
+	track             bool
+	parent            string
+	notify            func(action string) error
+	began             func(pid int) error // before anything is done
+}
+
+// osImager uses CRIU.
+type osImager struct {
+	launch  *osLauncher
+	command func() string
+}
+
+func (o osImager) run(app *config.App, r imageRun) criu.Run {
+	return criu.Run{Command: o.command(), Images: r.images, Work: r.work, Log: r.log}
+}
+
+func (o osImager) dump(ctx context.Context, app *config.App, p process, r imageRun) error {
+	op, ok := p.(*osProcess)
+	if !ok {
+		return fmt.Errorf("%s is no process of this machine", p.describe())
+	}
+	root, err := op.root()
+	if err != nil {
+		return err
+	}
+	run := o.run(app, r)
+	run.Start = func(cmd *exec.Cmd) error {
+		err := startIn(app.Process.Namespace, cmd)
+		if err == nil && r.began != nil {
+			if err = r.began(cmd.Process.Pid); err != nil {
+				_ = cmd.Process.Kill() // it has not been asked for anything
+				_ = cmd.Wait()
+			}
+		}
+		return err
+	}
+	run.Notify = func(action string, _ int) error { return r.notify(action) }
+	err = run.Dump(ctx, criu.DumpOptions{PID: root, Track: r.track, Parent: r.parent})
+	if err != nil { // a CRIU that was killed leaves the sockets as they were then
+		err = errors.Join(err, op.endRepair())
+	}
+	return err
+}
+
+// endRepair has the sockets of all its processes work again.
+func (p *osProcess) endRepair() error {
+	all, err := p.members()
+	for _, s := range all {
+		_, rerr := criu.EndRepair(s.pid)
+		err = errors.Join(err, rerr)
+	}
+	return err
+}
+
+// root is the process from which all others of the application descend: that is what
+// CRIU dumps.
+func (p *osProcess) root() (int, error) {
+	all, err := p.members()
+	if err != nil {
+		return 0, err
+	}
+	var roots []string
+	root := 0
+	for _, s := range all {
+		if !slices.ContainsFunc(all, func(o procStat) bool { return o.pid == s.ppid }) {
+			root = s.pid
+			roots = append(roots, fmt.Sprint(s.pid))
+		}
+	}
+	switch len(roots) {
+	case 0:
+		return 0, fmt.Errorf("%s is gone", p.describe())
+	case 1:
+		return root, nil
+	}
+	return 0, fmt.Errorf("its processes %s have no common ancestor among them, and an image holds one tree; have it run in the foreground", strings.Join(roots, ", "))
+}
+
+// restore starts CRIU inside the application's new cgroup, so that the processes are
+// there from their first moment, and in its network namespace.
+func (o osImager) restore(ctx context.Context, app *config.App, r imageRun, back func(process)) error {
+	l := o.launch
+	log, err := l.openLog(app) // the process opens it by its name
+	if err != nil {
+		return err
+	}
+	log.Close()
+	mark := randomHex(8)
+	group, err := l.hookedCgroup(app, mark)
+	if err != nil {
+		return fmt.Errorf("restoring %s needs a cgroup of its own, to end what CRIU leaves when it fails: %w; give the agent cgroup v2 (mount -t cgroup2 none /sys/fs/cgroup)", app.Name, err)
+	}
+	p := &osProcess{rec: record{App: app.Name, BootID: bootID(), Cgroup: string(group), OwnSession: true, OwnGroup: true, Mark: mark},
+		ended: func() { l.forget(app.Name) }}
+	run := o.run(app, r)
+	run.Start = func(cmd *exec.Cmd) error {
+		d, err := os.Open(string(group))
+		if err != nil {
+			return err
+		}
+		defer d.Close()
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(d.Fd())
+		if err := startIn(app.Process.Namespace, cmd); err != nil {
+			return err
+		}
+		// Until its own number is known it is found by CRIU's, in the same cgroup.
+		p.rec.PID = cmd.Process.Pid
+		if st, err := readStat(p.rec.PID); err == nil {
+			p.rec.StartTime = st.start
+		}
+		if err := saveRecord(l.stateDir, p.rec); err != nil {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+			return fmt.Errorf("record of %s: %w", app.Name, err)
+		}
+		return nil
+	}
+	run.Notify = func(action string, pid int) error {
+		if action == criu.PostRestore {
+			if err := o.found(p, pid); err != nil {
+				return err
+			}
+			back(p)
+		}
+		err := r.notify(action)
+		if err != nil && action == criu.PreResume { // CRIU would go on whatever it is told
+			err = errors.Join(err, p.signal(unix.SIGKILL))
+		}
+		return err
+	}
+	if err = run.Restore(ctx); err == nil {
+		return nil
+	}
+	if serr := p.stop(unix.SIGKILL, 0); serr != nil {
+		err = errors.Join(err, serr)
+	}
+	return err
+}
+
+// found notes which process was restored.
+func (o osImager) found(p *osProcess, pid int) error {
+	st, err := readStat(pid)
+	if err != nil {
+		return fmt.Errorf("the restored process %d: %w", pid, err)
+	}
+	p.rec.PID, p.rec.StartTime = st.pid, st.start
+	p.rec.OwnSession, p.rec.OwnGroup = st.sid == st.pid, st.pgid == st.pid
+	if err := saveRecord(o.launch.stateDir, p.rec); err != nil {
+		return fmt.Errorf("record of %s: %w", p.rec.App, err)
+	}
+	return nil
+}
+
+func (osImager) sockets(dir string) ([]criu.Socket, error) { return criu.Sockets(dir) }
+
+func (osImager) taken(dir string) (string, error) {
+	pids, err := criu.PIDs(dir)
+	if err != nil {
+		return "", err
+	}
+	for _, pid := range pids {
+		if unix.Kill(pid, 0) == nil { // of a thread, too
+			name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+			return fmt.Sprintf("%d (%s)", pid, strings.TrimSpace(string(name))), nil
+		}
+	}
+	return "", nil
+}
+
+// settleTime is how long a CRIU has to end by itself once nobody answers it.
+const settleTime = time.Minute
+
+func (osImager) settle(ctx context.Context, pid int, p process) error {
+	if pid > 0 {
+		ctx, cancel := context.WithTimeoutCause(ctx, settleTime, fmt.Errorf("criu %d, which an earlier agent has started, does not end", pid))
+		defer cancel()
+		err := poll(ctx, pollFirst, pollMost, func() (bool, error) {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+			st, serr := readStat(pid)
+			return err != nil || serr != nil || st.gone() || !strings.Contains(string(b), "swrk"), nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if op, ok := p.(*osProcess); ok {
+		return op.endRepair()
+	}
+	return nil
+}

@@ -1,0 +1,224 @@
+package checkpoint
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Images in the store: in a directory of the snapshot, each with its checksum in the
+// manifest.
+
+const (
+	imagesDir   = "images"
+	dumpLog     = "dump.log"
+	failedDump  = "failed-dump.log" // of the last dump that failed, beside the snapshots
+	restoreLogs = "restore-%s.log"  // of each node
+)
+
+// makeImages makes the directory for the images of a snapshot that is being written.
+func (p *pendingSnapshot) makeImages() error {
+	dir, err := p.store.open()
+	if err == nil {
+		defer dir.Close()
+		if err = dir.Mkdir(filepath.Join(p.temp, imagesDir), 0o700); errors.Is(err, os.ErrExist) {
+			err = nil
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
+	}
+	return nil
+}
+
+func (p *pendingSnapshot) dir() string { return filepath.Join(p.store.dir, p.temp) }
+
+// keepLog leaves the log of a failed dump beside the snapshots, and gives its path; ""
+// where there is none.
+func (p *pendingSnapshot) keepLog() string {
+	dir, err := p.store.open()
+	if err != nil {
+		return ""
+	}
+	defer dir.Close()
+	name := filepath.Join(filepath.Dir(p.temp), failedDump)
+	if dir.Rename(filepath.Join(p.temp, dumpLog), name) != nil {
+		return ""
+	}
+	return filepath.Join(p.store.dir, name)
+}
+
+// reopen goes on with a snapshot that an earlier agent has begun in temp.
+func (s store) reopen(m Manifest, temp string) (*pendingSnapshot, error) {
+	p := &pendingSnapshot{store: s, temp: temp, final: filepath.Join(m.App, m.ID), manifest: m}
+	p.manifest.Version = manifestVersion
+	name := filepath.Base(temp)
+	if !filepath.IsLocal(temp) || filepath.Dir(temp) != m.App || !strings.HasPrefix(name, tempPrefix) {
+		return nil, fmt.Errorf("snapshot store: %q is no place of a snapshot", temp)
+	}
+	dir, err := s.open()
+	if err == nil {
+		defer dir.Close()
+		if _, err = dir.Stat(filepath.Join(temp, imagesDir)); errors.Is(err, os.ErrNotExist) {
+			// That agent may have given it its name.
+			if _, ferr := dir.Stat(filepath.Join(p.final, imagesDir)); ferr == nil {
+				p.temp, err = p.final, nil
+			}
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("snapshot store: %w", err)
+	}
+	return p, nil
+}
+
+// sumImages notes the checksum of every image, and has the images on the disk. It
+// goes on while the caller does other things; what it gives ends it.
+func (p *pendingSnapshot) sumImages() <-chan error {
+	done := make(chan error, 1)
+	go func() { done <- p.sum() }()
+	return done
+}
+
+func (p *pendingSnapshot) sum() error {
+	dir, err := p.store.open()
+	if err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
+	}
+	defer dir.Close()
+	synced := make(chan error, 1)
+	go func() { synced <- syncImages(dir, filepath.Join(p.temp, imagesDir)) }()
+	sums, err := sumDir(dir, filepath.Join(p.temp, imagesDir))
+	if err = errors.Join(err, <-synced); err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
+	}
+	p.images = map[string]string{}
+	for name, sum := range sums {
+		p.images[path.Join(imagesDir, name)] = sum
+	}
+	return nil
+}
+
+// syncImages writes a directory's files out: one request for all of them, there are
+// thousands.
+func syncImages(dir *os.Root, name string) error {
+	d, err := dir.Open(name)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// sumDir gives the SHA-256 of each file of a directory, in hexadecimal.
+func sumDir(dir *os.Root, name string) (map[string]string, error) {
+	d, err := dir.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	names, err := d.Readdirnames(-1)
+	d.Close()
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(names)
+	out := make([]string, len(names))
+	n := runtime.GOMAXPROCS(0)
+	errs := make([]error, n)
+	var wg sync.WaitGroup
+	for w := range n {
+		wg.Go(func() {
+			for i := w; i < len(names) && errs[w] == nil; i += n {
+				out[i], errs[w] = sumFile(dir, filepath.Join(name, names[i]))
+			}
+		})
+	}
+	wg.Wait()
+	sums := make(map[string]string, len(names))
+	for i, f := range names {
+		sums[f] = out[i]
+	}
+	return sums, errors.Join(errs...)
+}
+
+func sumFile(dir *os.Root, name string) (string, error) {
+	f, err := dir.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
+		return "", errors.Join(err, fmt.Errorf("%s is no regular file", name))
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// checkImages compares the images of a snapshot with its manifest: each is there as it
+// was written, and nothing else.
+func (s store) checkImages(m *Manifest) error {
+	dir, err := os.OpenRoot(s.dir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	where := filepath.Join(m.App, m.ID, imagesDir)
+	bad := func(what string) error {
+		return fmt.Errorf("snapshot %s of %s is damaged: %s; its connections stay held, put the file back from another copy or give the application up (ckptctl stop %[2]s --discard)", m.ID, m.App, what)
+	}
+	sums, err := sumDir(dir, where)
+	if err != nil {
+		return bad(err.Error())
+	}
+	for _, name := range slices.Sorted(maps.Keys(m.Files)) {
+		image, is := strings.CutPrefix(name, imagesDir+"/")
+		if !is {
+			continue
+		}
+		switch have, there := sums[image]; {
+		case !there:
+			return bad(filepath.Join(s.dir, where, image) + " is missing")
+		case have != m.Files[name]:
+			return bad(filepath.Join(s.dir, where, image) + " does not have the checksum of the manifest")
+		}
+		delete(sums, image)
+	}
+	for name := range sums {
+		return bad(filepath.Join(s.dir, where, name) + " is not in the manifest")
+	}
+	return nil
+}
+
+// imagesOf gives the manifest of an application's snapshot where that is one of images;
+// nil where it is not.
+func (s store) imagesOf(app, id string) (*Manifest, error) {
+	if !validSnapshotID(id) {
+		return nil, nil // of SNAPSHOTDONE by hand
+	}
+	m, err := s.readManifest(app, id)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil || !m.images() {
+		return nil, err
+	}
+	return m, nil
+}
