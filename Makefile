@@ -26,7 +26,7 @@ build:
 	@mkdir -p bin
 	$(GOBUILD) -o bin/ ./cmd/nfconnfilter ./cmd/ckptctl
 
-bin/demo bin/bytecount bin/pool bin/bench: build FORCE
+bin/demo bin/bytecount bin/pool bin/interp bin/bench: build FORCE
 	@$(GOBUILD) -o $@ ./test/$(@F)
 FORCE:
 
@@ -42,17 +42,17 @@ vet:
 
 # What needs neither root nor a program: pure tests, scenarios and the fuzz corpus.
 test-unit: vet
-	go test $(TESTFLAGS) $(UNIT) ./test/imports/ ./test/clients/ ./test/harness/ ./test/bytecount/
+	go test $(TESTFLAGS) $(UNIT) ./test/imports/ ./test/clients/ ./test/harness/ ./test/bytecount/ ./test/interp/
 
 test-race: deps-test
-	CGO_ENABLED=1 go test $(TESTFLAGS) -race -count=1 -timeout 10m $(EXEC) $(UNIT) ./test/clients/ ./test/harness/
+	CGO_ENABLED=1 go test $(TESTFLAGS) -race -count=1 -timeout 10m $(EXEC) $(UNIT) ./test/clients/ ./test/harness/ ./test/interp/
 
 # In two halves at once, each in namespaces of its own: they wait more than they work.
-test-root: deps-test bin/bytecount bin/demo bin/pool
+test-root: deps-test bin/bytecount bin/demo bin/pool bin/interp
 	NFCF_BIN=$(CURDIR)/bin scripts/testroot.sh -timeout 18m $(EXEC)
 
 test: deps-test build vet
-	go test $(TESTFLAGS) -timeout 10m $(EXEC) $(UNIT) ./test/imports/ ./test/clients/ ./test/harness/ ./test/bytecount/
+	go test $(TESTFLAGS) -timeout 10m $(EXEC) $(UNIT) ./test/imports/ ./test/clients/ ./test/harness/ ./test/bytecount/ ./test/interp/
 	@$(MAKE) --no-print-directory sim
 	@$(MAKE) --no-print-directory test-race
 	@$(MAKE) --no-print-directory test-root

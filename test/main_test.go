@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -33,7 +34,7 @@ var (
 	// vip is the application's address in the test that runs; tests run one
 	// after another.
 	vip     = vip4
-	toolDir string // bytecount, demo and pool
+	toolDir string // bytecount, demo, interp and pool
 	// behindNode has applications run in network namespaces of their own.
 	behindNode bool
 	// adopted has the filter forget applications and connections before the
@@ -65,15 +66,19 @@ func testMain(m *testing.M) int {
 	return m.Run()
 }
 
-// build makes the test server, and the two programs unless the caller has them.
+// build makes the test applications, and the two programs unless the caller has them.
 func build(dir string) error {
-	pkgs := []string{"./bytecount", "./demo", "./pool"}
+	tools := []string{"bytecount", "demo", "interp", "pool"}
+	var pkgs []string
+	for _, tool := range tools {
+		pkgs = append(pkgs, "./"+tool)
+	}
 	if binDir != "" {
 		// The caller may be root without the go command on its PATH.
-		_, err1 := os.Stat(filepath.Join(binDir, "bytecount"))
-		_, err2 := os.Stat(filepath.Join(binDir, "demo"))
-		_, err3 := os.Stat(filepath.Join(binDir, "pool"))
-		if err1 == nil && err2 == nil && err3 == nil {
+		if !slices.ContainsFunc(tools, func(tool string) bool {
+			_, err := os.Stat(filepath.Join(binDir, tool))
+			return err != nil
+		}) {
 			toolDir = binDir
 			return nil
 		}
