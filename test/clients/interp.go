@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -199,9 +200,13 @@ func (c *Interp) Half() (name string, err error) {
 	return name, c.Ended()
 }
 
-// Halved asks, in another session, for what a half-closed one has received, once
-// it is as much as sent: state is "open", "ended" or "failed". Everything must
-// have come, and nothing more.
+// Halved asks, in another session, for what a half-closed one has received: this
+// and nothing more. While state is "open" it waits until as much has come, otherwise,
+// for "ended" or "failed", until the end.
 func (c *Interp) Halved(name string, sent []byte, state string) error {
-	return c.Expect(fmt.Sprintf("halved %s %d", name, len(sent)), fmt.Sprintf("%d %x %s", len(sent), sha256.Sum256(sent), state))
+	until := "end"
+	if state == "open" {
+		until = strconv.Itoa(len(sent))
+	}
+	return c.Expect("halved "+name+" "+until, fmt.Sprintf("%d %x %s", len(sent), sha256.Sum256(sent), state))
 }

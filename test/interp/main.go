@@ -26,8 +26,8 @@
 //	session [NAME]          the session's name, at first the client's address and port
 //	half                    "half" and the session's name; shuts down the sending side and
 //	                        counts what is received up to the end
-//	halved NAME [N]         octets, SHA-256 and "open", "ended" or "failed" of
-//	                        the session that did half; waits for N octets or the end
+//	halved NAME [N|end]     octets, SHA-256 and "open", "ended" or "failed" of
+//	                        the session that did half; waits for N octets or for the end
 //	wait NAME               "released" and NAME, once a session has said release NAME
 //	waiting NAME            how many sessions wait
 //	release NAME            how many waited; done once

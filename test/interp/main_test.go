@@ -323,6 +323,7 @@ func TestHalf(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 	must(t, other.Halved(name, sent, "ended"))
+	must(t, other.Expect("halved "+name+" 0", fmt.Sprintf("%d %x ended", len(sent), sha256.Sum256(sent))))
 
 	// A name of its own, once; and a reset is no end.
 	c = client(t, addr)
@@ -333,10 +334,14 @@ func TestHalf(t *testing.T) {
 	}
 	must(t, c.Write([]byte("x")))
 	must(t, other.Halved("third", []byte("x"), "open"))
+	must(t, other.Send("halved third end"))
 	must(t, c.Conn().SetLinger(0))
 	c.Close()
-	must(t, other.Expect("halved third 2", fmt.Sprintf("1 %x failed", sha256.Sum256([]byte("x")))))
-	expect(t, other, "session third", "third", "half", "! there was a half-closed session third", "count", "10")
+	if got, err := other.Reply(); got != fmt.Sprintf("1 %x failed", sha256.Sum256([]byte("x"))) {
+		t.Errorf("%q, %v", got, err)
+	}
+	must(t, other.Halved("third", []byte("x"), "failed"))
+	expect(t, other, "session third", "third", "half", "! there was a half-closed session third", "halved third x", `! strconv.ParseInt: parsing "x": invalid syntax`)
 }
 
 // TestOutgoing: the connections belong to the process and come from its address.

@@ -126,7 +126,7 @@ func (p *process) release(name string) (int, error) {
 type half struct {
 	mu    sync.Mutex
 	grown *sync.Cond
-	n     uint64
+	n     int64
 	hash  hash.Hash
 	state string // open, ended or failed
 }
@@ -148,7 +148,7 @@ func (h *half) Write(b []byte) (int, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.hash.Write(b)
-	h.n += uint64(len(b))
+	h.n += int64(len(b))
 	h.grown.Broadcast()
 	return len(b), nil
 }
@@ -164,8 +164,8 @@ func (h *half) end(err error) {
 	h.grown.Broadcast()
 }
 
-// await returns what has been received once it is as much as least, or all.
-func (h *half) await(least uint64) string {
+// await returns what has been received once it is as much as least, or the end has come.
+func (h *half) await(least int64) string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for h.n < least && h.state == "open" {

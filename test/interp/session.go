@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"net"
 	"slices"
 	"strconv"
@@ -296,7 +297,9 @@ func (s *session) half([]string) (string, error) {
 
 func (s *session) halved(args []string) (string, error) {
 	least := int64(0)
-	if len(args) == 2 {
+	if len(args) == 2 && args[1] == "end" {
+		least = math.MaxInt64
+	} else if len(args) == 2 {
 		var err error
 		if least, err = size(args[1]); err != nil {
 			return "", err
@@ -306,7 +309,7 @@ func (s *session) halved(args []string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return h.await(uint64(least)), nil
+	return h.await(least), nil
 }
 
 func (s *session) quit([]string) (string, error) {
