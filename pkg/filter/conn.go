@@ -122,15 +122,22 @@ type conn struct {
 	forwarded bool         // local is in a network namespace behind the node
 
 	// In an image.
-	half    bool         // local has closed its side alone, and its socket is a process's
-	image   bool         // its socket is in the image
-	imgUna  seqnum.Value // local's own numbers: acknowledged,
-	imgSnd  seqnum.Value // at what the remote expects next,
-	imgRcv  seqnum.Value // next to be received
-	said    [][]byte     // by the restored socket before RESTORED
-	floored bool         // floor is known
-	floor   seqnum.Value // local's octets below it are not to be translated
-	brief   bool         // it is translated only until local has what was kept
+	half       bool         // local has closed its side alone, and its socket is a process's
+	image      bool         // its socket is in the image
+	imgUna     seqnum.Value // local's own numbers: acknowledged,
+	imgSnd     seqnum.Value // at what the remote expects next,
+	imgRcv     seqnum.Value // next to be received,
+	imgWup     seqnum.Value // acknowledged last,
+	imgEnd     seqnum.Value // behind all that the process has written
+	unread     bool         // the image holds octets that the process has not read
+	said       [][]byte     // by the restored socket before RESTORED
+	clocked    seqnum.Value // hsISN of what it was told before that
+	wasClocked bool
+	floored    bool         // floor is known
+	floor      seqnum.Value // local's octets below it are not to be translated
+	brief      bool         // it is translated only until local has what was kept
+	easeAt     Time         // when that may end, 0: not planned
+	easeBy     Time         // when it does in any case
 
 	marked, saved bool // to be recorded at the end of the step; recorded
 	reloaded      bool // taken up from an earlier filter, and not opened since

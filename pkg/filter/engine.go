@@ -267,6 +267,9 @@ func (e *Engine) dueApp(now Time, a *app, fx *Effects) {
 		if c.beatAt != 0 && c.beatAt <= now {
 			e.beatDue(now, c, fx)
 		}
+		if c.easeAt != 0 && c.easeAt <= now {
+			e.ease(now, c, fx)
+		}
 		if c.closeAt != 0 && c.closeAt <= now {
 			e.repeatClose(now, c, fx)
 		}

@@ -12,10 +12,11 @@ import (
 )
 
 // Snapshots by an image: the process is dumped with its sockets (CRIU), so that
-// nothing is drained and no handshake follows. From SNAPSHOTFREEZE on nothing passes
-// in either direction and local is told nothing: what was acknowledged to it would be
-// missing in the image. Its queues are in the image, and what it had sent and the
-// remote has not acknowledged is its own to send again.
+// nothing is drained and no handshake follows. From SNAPSHOTFREEZE on local is told
+// nothing: what was acknowledged to it would be missing in the image. Its queues are in
+// the image, and what it had sent and the remote has not acknowledged is its own to send
+// again. Until the seal what it says for the first time still passes: it is in the image,
+// whenever that is made, and a restored socket would wait a second before it sends it again.
 //
 // SEAL brings what the image says of each socket. The numbers must agree, and from
 // then on the structures say where the restored socket stands: imgSnd and imgRcv.
@@ -63,9 +64,26 @@ func (e *Engine) silentOut(now Time, a *app, c *conn, fx *Effects) {
 	case c == nil:
 	case a.state == appstate.SnapshotFreeze && e.isAnswer(now, c, s, fx):
 		fx.drop(AskAnswer)
+	case a.state == appstate.SnapshotFreeze && !a.imaged && c.news(s):
+		fx.accept(FrozenPass)
+		if !c.translated { // else it is seen again behind routing
+			c.observeOut(now, s, true)
+			if c.aborts(s) {
+				e.remove(c, fx)
+			}
+		}
 	case a.state == appstate.RestoreStart && c.image:
 		e.restoredSays(c, fx)
 	}
+}
+
+// news tells whether s, a segment of local in its own numbers, says something for the
+// first time.
+func (c *conn) news(s *packet.Segment) bool {
+	if s.Has(packet.SYN) || !c.alive() && !s.Has(packet.RST) {
+		return false
+	}
+	return s.Has(packet.RST) || s.Len() > 0 && (!c.learned || c.localSeqOut(c.ep.SndNxt).Less(s.End()))
 }
 
 // silentFor tells whether a segment of local, on c, which may be nil, is one for silentOut.
@@ -169,6 +187,8 @@ func (c *conn) learnImage(now Time, k *ImageSocket) {
 
 // disagrees names the first number of the image that cannot be.
 func (c *conn) disagrees(k *ImageSocket) string {
+	// What a socket says while its numbers are read, after its clock was.
+	const lastTicks = 10
 	ep := &c.ep
 	rcv, una, nxt := k.RcvNxt.Add(c.tr.In), k.SndUna.Add(c.tr.Out), k.SndNxt.Add(c.tr.Out)
 	owed := c.base()
@@ -186,7 +206,7 @@ func (c *conn) disagrees(k *ImageSocket) string {
 		return fmt.Sprintf("the remote has acknowledged %d octets more than the image says to be sent", ep.SndUna.Size(nxt))
 	case ep.Opt.TS != k.TS:
 		return "the image and the connection differ in timestamps (RFC 7323)"
-	case ep.Opt.TS && seqnum.NewerTS(ep.TSVal, k.TSVal+c.tr.TSOut):
+	case ep.Opt.TS && seqnum.NewerTS(ep.TSVal, k.TSVal+c.tr.TSOut+lastTicks):
 		return fmt.Sprintf("the remote was shown a timestamp %d ahead of the image's", ep.TSVal-k.TSVal-c.tr.TSOut)
 	}
 	return ""
@@ -203,7 +223,11 @@ func (c *conn) takeImage(now Time, k *ImageSocket) {
 		c.bytesIn += uint64(rcv.Size(ep.RcvNxt))
 		ep.RcvNxt = rcv
 	}
-	c.imgUna, c.imgSnd, c.imgRcv = k.SndUna, ep.SndNxt.Add(-c.tr.Out), k.RcvNxt
+	c.imgUna, c.imgSnd, c.imgRcv, c.imgEnd, c.unread = k.SndUna, ep.SndNxt.Add(-c.tr.Out), k.RcvNxt, k.SndNxt, k.Unread > 0
+	c.imgWup = k.RcvNxt
+	if back := k.RcvNxt.Sub(k.LocalWup); back > 0 && back < 1<<20 {
+		c.imgWup = k.LocalWup
+	}
 	c.hsIRS = k.RcvNxt.Add(-k.Unread - 1) // where the restored socket begins to count what it received
 	c.image, c.ackSeen, c.half = true, true, k.LocalClosed
 	if c.finIn = k.RemoteClosed; c.finIn {
@@ -231,6 +255,17 @@ func (e *Engine) trimImage(now Time, c *conn, fx *Effects) {
 		c.redoAt = 0
 	}
 	e.trimKept(c)
+}
+
+// imageWaits tells whether a remote waits for something that only the process in the image
+// can do, and that nobody would say again: octets that it has not read, or that the remote
+// has not got, or a reply to what was said just before the freeze.
+func (a *app) imageWaits() bool {
+	const just = 5e9
+	return slices.ContainsFunc(a.conns, func(c *conn) bool {
+		return c.image && c.state != appstate.Rst && (c.unread || c.ep.SndUna.Less(c.imgEnd.Add(c.tr.Out)) ||
+			c.role == appstate.Passive && c.last == remoteSpoke && a.froze-c.lastIn < just)
+	})
 }
 
 // notImaged tells why c would be lost: local's socket is not in the image and no
@@ -286,19 +321,50 @@ func (c *conn) back() {
 	}
 }
 
-// openImage lets traffic of a connection flow whose socket was restored: it goes on
-// where the image left it, and learns what its remote has said meanwhile.
-func (e *Engine) openImage(now Time, c *conn, fx *Effects) {
-	c.frozen, c.sealed, c.confirmed, c.localGone, c.inKnown = false, false, false, false, false
-	c.fwd, c.asks, c.image, c.opened = false, 0, false, now
-	c.shut = c.ep.Closed || c.reloaded
-	c.ep.Closed, c.ep.Behind, c.reloaded = false, false, false
-	c.answered()
+// clock tells a restored socket the remote's newest acknowledgement and its clock: neither
+// is in the image, and until it knows them it would say so. It comes before anything is
+// let through.
+func (e *Engine) clock(c *conn, fx *Effects) {
 	out := c.ep.SndNxt.Size(c.imgSnd)
 	c.floored, c.floor = out != c.tr.Out && c.imgUna != c.imgSnd, c.imgSnd
 	c.tr.Out, c.tr.In = out, c.base().Size(c.imgRcv)
-	c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
 	c.handshakeEnd()
+	if c.state == appstate.Rst || c.clocked == c.hsISN && c.wasClocked {
+		return
+	}
+	c.wasClocked, c.clocked = true, c.hsISN
+	if !c.ep.Opt.TS && c.imgUna == c.hsISN.Add(1) {
+		return
+	}
+	sp := e.toLocal(c, packet.ACK)
+	sp.Seq = c.imgWup // behind that it takes no clock (RFC 7323 section 4.3)
+	fx.send(&sp, true)
+}
+
+// clocks does so for every socket that is back, and lets out what they have said: behind
+// the first segment that passes unseen it would be older than that. true: there was one.
+func (e *Engine) clocks(now Time, a *app, fx *Effects) (any bool) {
+	for _, c := range a.conns {
+		if c.image && c.hsDone && !c.wasClocked {
+			e.clock(c, fx)
+			c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
+			e.sayKept(now, c, fx)
+			any = true
+		}
+	}
+	return any
+}
+
+// openImage lets traffic of a connection flow whose socket was restored: it goes on
+// where the image left it, and learns what its remote has said meanwhile.
+func (e *Engine) openImage(now Time, c *conn, fx *Effects) {
+	e.clock(c, fx)
+	c.frozen, c.sealed, c.confirmed, c.localGone, c.inKnown = false, false, false, false, false
+	c.fwd, c.asks, c.image, c.opened, c.wasClocked = false, 0, false, now, false
+	c.shut = c.ep.Closed || c.reloaded
+	c.ep.Closed, c.ep.Behind, c.reloaded = false, false, false
+	c.answered()
+	c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
 	if c.state == appstate.Rst {
 		sp := packet.Spec{Src: c.id.Remote, Dst: c.localAddr(), Flags: packet.RST | packet.ACK, Seq: c.imgRcv, Ack: c.hsISN.Add(1)}
 		fx.send(&sp, true)
@@ -314,17 +380,13 @@ func (e *Engine) openImage(now Time, c *conn, fx *Effects) {
 		e.flow(c, true, fx)
 		c.brief = brief
 	}
-	if c.ep.Opt.TS || c.imgUna != c.hsISN.Add(1) { // the remote's newest acknowledgement, and its clock: neither is in the image
-		sp := e.toLocal(c, packet.ACK)
-		sp.Seq = c.localSeqIn(c.base())
-		fx.send(&sp, true)
-	}
 	e.handImage(now, c, hands, fx)
-	e.sayKept(c, fx)
+	e.sayKept(now, c, fx)
 	c.half = false
 	if !c.translated { // bulk passes unseen from now on
 		c.learned, c.rcvKnown = false, false
 	}
+	e.unburden(now, c)
 }
 
 // handImage hands over what was kept and opens the window that was closed for it.
@@ -345,7 +407,7 @@ func (e *Engine) handImage(now Time, c *conn, hands bool, fx *Effects) {
 }
 
 // sayKept sends to the remote what the restored socket has said before.
-func (e *Engine) sayKept(c *conn, fx *Effects) {
+func (e *Engine) sayKept(now Time, c *conn, fx *Effects) {
 	for _, b := range c.said {
 		var s packet.Segment
 		if s.Parse(b) != packet.OK || c.belowFloor(&s) {
@@ -355,6 +417,10 @@ func (e *Engine) sayKept(c *conn, fx *Effects) {
 		c.ahead(&s)
 		if s.Opt.HasTS && s.Opt.TSEcr == 0 { // it has not heard the remote's clock yet
 			s.SetTS(s.Opt.TSVal, c.ep.TSRec)
+		}
+		c.refresh(now, &s)
+		if s.Opt.HasTS {
+			c.noteClock(now, s.Opt.TSVal)
 		}
 		if end := s.End(); c.ep.SndNxt.Less(end) && c.translated {
 			c.ep.SndNxt = end
@@ -414,15 +480,47 @@ func (e *Engine) tellAgain(c *conn, fx *Effects) {
 	fx.drop(SealedSilent)
 }
 
-// unburden lets a connection go that was captured only until local had what was kept.
-func (e *Engine) unburden(c *conn, fx *Effects) {
+// unburden plans the end of a translation that changes nothing: the connection was
+// captured only until local had what was kept.
+func (e *Engine) unburden(now Time, c *conn) {
+	const quiet = 200e6
+	if c.easeAt == 0 && c.brief && c.translated && !c.spooled && c.redoAt == 0 && len(c.own) == 0 {
+		c.easeAt, c.easeBy = now+quiet, now+25*quiet
+		e.at(c.easeAt)
+	}
+}
+
+// ease ends it in a moment of silence: what the filter still has would be overtaken by
+// what it does not see any more.
+func (e *Engine) ease(now Time, c *conn, fx *Effects) {
+	const quiet = 200e6
+	c.easeAt = 0
 	if !c.brief || !c.translated || c.spooled || c.redoAt != 0 || len(c.own) > 0 || c.app.state != appstate.Restored || c.tr != (rewrite.Translation{}) {
+		return
+	}
+	if now-max(c.lastIn, c.lastOut, c.spokeAt) < quiet && now < c.easeBy {
+		c.easeAt = now + quiet
+		e.at(c.easeAt)
 		return
 	}
 	c.brief, c.learned, c.rcvKnown = false, false, false
 	e.flow(c, false, fx)
 	c.app.settle(fx)
 	e.mark(c)
+}
+
+// clockless gives a segment that a restored socket had sent before RESTORED, and before
+// it heard the remote's clock, that clock.
+func (c *conn) clockless(p *Packet, fx *Effects) {
+	s := &c.app.engine.seg
+	if p.Hook == HookPostrouting || !s.Opt.HasTS || s.Opt.TSEcr != 0 || !s.Has(packet.ACK) || c.ep.TSRec == 0 {
+		return
+	}
+	s.SetTS(s.Opt.TSVal, c.ep.TSRec)
+	if p.Info&CsumNotReady != 0 {
+		s.FillChecksum()
+	}
+	fx.modified(Pass, s.Raw())
 }
 
 // imagesBack notes that the sockets of these connections are there again.

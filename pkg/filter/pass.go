@@ -398,6 +398,7 @@ func (e *Engine) outbound(now Time, a *app, c *conn, id ConnID, p *Packet, fx *E
 		}
 		c.observeOut(now, s, a.state == appstate.SnapshotStart || a.state == appstate.SnapshotFreeze)
 		fx.accept(Pass)
+		c.clockless(p, fx)
 		if c.aborts(s) {
 			e.remove(c, fx)
 		}
@@ -429,7 +430,7 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 		e.spoolTaken(now, c, s.Ack, s.Ack.Add(uint32(s.Window)<<c.ep.Opt.LocalScale), fx)
 		c.ahead(s)
 	}
-	if c.app.state.Away() {
+	if c.app.state.Away() || c.brief { // of a restored socket, what was queued before RESTORED comes behind what was not
 		c.refresh(now, s)
 	}
 	if p.Info&CsumNotReady != 0 {
@@ -450,7 +451,7 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 		e.remove(c, fx)
 		return
 	}
-	e.unburden(c, fx)
+	e.unburden(now, c)
 }
 
 // unknownOut notes a connection that local opens, or passes what is not known.

@@ -126,6 +126,9 @@ type ConnRecord struct {
 	Floored bool         `cbor:"76,keyasint,omitempty"`
 	Floor   seqnum.Value `cbor:"77,keyasint,omitempty"`
 	Brief   bool         `cbor:"78,keyasint,omitempty"`
+	ImgEnd  seqnum.Value `cbor:"79,keyasint,omitempty"`
+	Unread  bool         `cbor:"80,keyasint,omitempty"`
+	ImgWup  seqnum.Value `cbor:"81,keyasint,omitempty"`
 
 	// What follows is only for the filter of another node.
 
@@ -264,7 +267,7 @@ func (c *conn) recordIn(r *ConnRecord) {
 		HsIRS: c.hsIRS, Translated: c.translated, Tr: c.tr, CloseWait: c.closeWait, Shut: c.shut,
 		Spooled: c.spooled, KeptAt: c.keptAt, KeptFin: c.spooled && c.keptFin, Closed: c.spooled && ep.Closed, Own: c.own, OwnEnd: c.ownEnd,
 		Bound: c.bound, Bounded: c.bounded,
-		Image: c.image, Half: c.half, ImgUna: c.imgUna, ImgSnd: c.imgSnd, ImgRcv: c.imgRcv, Floored: c.floored, Floor: c.floor, Brief: c.brief,
+		Image: c.image, Half: c.half, ImgUna: c.imgUna, ImgSnd: c.imgSnd, ImgRcv: c.imgRcv, ImgEnd: c.imgEnd, Unread: c.unread, ImgWup: c.imgWup, Floored: c.floored, Floor: c.floor, Brief: c.brief,
 		SaidAll: c.saidAll, Lingers: c.lingers, Silent: c.handshake && c.spokeAt == 0 && (!c.reloaded || c.silent),
 	}
 	switch {
@@ -347,6 +350,7 @@ func (e *Engine) loadConn(now Time, a *app, r *ConnRecord, flows func(ConnID) bo
 	c.hsIRS, c.tr, c.translated, c.closeWait, c.shut = r.HsIRS, r.Tr, r.Translated, r.CloseWait, r.Shut
 	c.saved, c.reloaded, c.silent, c.lingers = true, true, r.Silent, r.Lingers
 	c.image, c.half, c.imgUna, c.imgSnd, c.imgRcv = r.Image, r.Half, r.ImgUna, r.ImgSnd, r.ImgRcv
+	c.imgEnd, c.unread, c.imgWup = r.ImgEnd, r.Unread, r.ImgWup
 	c.floored, c.floor, c.brief = r.Floored, r.Floor, r.Brief
 	if c.ep.Behind = r.Image; a.silent && a.state == appstate.SnapshotFreeze {
 		c.silence()

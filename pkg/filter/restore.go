@@ -366,7 +366,7 @@ func (e *Engine) redeliver(now Time, c *conn, fx *Effects) {
 	}
 	if c.retries >= 6 { // the remote's own retransmissions take over
 		e.unkeep(c)
-		e.unburden(c, fx)
+		e.unburden(now, c)
 		return
 	}
 	c.retries++

@@ -144,7 +144,7 @@ func (e *Engine) snapshotDone(now Time, b *SnapshotDone, a *app, fx *Effects) (a
 	}
 	e.beats(now, a)
 	a.followAll(boundary.None)
-	a.wake = a.wake && a.keptWakes() || a.anyFin() || a.leftSpool()
+	a.wake = a.wake && a.keptWakes() || a.anyFin() || a.leftSpool() || a.imageWaits()
 	if a.wake {
 		a.wakeTries = 0
 		e.requestRestore(now, a, fx)
@@ -429,7 +429,11 @@ const probeTime = 20e6
 
 func (e *Engine) restored(now Time, r *Request, b *Restored, a *app, fx *Effects) (any, error, bool) {
 	a.probe(now, fx)
-	if at := a.probedAt + probeTime; now < at {
+	at := a.probedAt + probeTime
+	if (b.ResetMissing || len(a.notRestored()) == 0) && e.clocks(now, a, fx) {
+		at = max(at, now+1)
+	}
+	if now < at {
 		e.pending = append(e.pending, &pending{id: r.ID, app: a, body: b, deadline: at})
 		e.at(at)
 		return nil, nil, true
@@ -494,6 +498,7 @@ func (e *Engine) undoRestore(a *app, fx *Effects) {
 		}
 		e.undoHandshake(c)
 		e.unsay(c)
+		c.wasClocked = false
 		if c.turned { // the next process may want it
 			c.turned = false
 			c.set(appstate.ConnectRmt)
