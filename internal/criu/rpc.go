@@ -81,9 +81,12 @@ func (r Run) PreDump(ctx context.Context, d DumpOptions) error {
 	return r.do(ctx, "pre-dump", rpc.CriuReqType_PRE_DUMP, o)
 }
 
-// Restore makes the processes of the images. They do not end with the caller.
+// Restore makes the processes of the images. Their root is the caller's child, and does
+// not end with it.
 func (r Run) Restore(ctx context.Context) error {
-	return r.do(ctx, "restore", rpc.CriuReqType_RESTORE, r.options())
+	o := r.options()
+	o.RstSibling = ptr(true) // the caller's child: its end is seen, and its number is free then
+	return r.do(ctx, "restore", rpc.CriuReqType_RESTORE, o)
 }
 
 func ptr[T any](v T) *T { return &v }

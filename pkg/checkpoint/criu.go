@@ -97,8 +97,10 @@ func (r *snapshotRun) dumping(action string) error {
 		}
 		r.op.enter("dump")
 	case criu.PostDump:
-		r.summed = r.pending.sumImages()
-		return r.sealImage()
+		if err := r.sealImage(); err != nil {
+			return err
+		}
+		r.summed = r.pending.sumImages() // while CRIU ends the tasks
 	}
 	return nil
 }

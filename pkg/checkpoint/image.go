@@ -185,6 +185,12 @@ func (o osImager) found(p *osProcess, pid int) error {
 	if err := saveRecord(o.launch.stateDir, p.rec); err != nil {
 		return fmt.Errorf("record of %s: %w", p.rec.App, err)
 	}
+	root, err := os.FindProcess(pid)
+	if err != nil {
+		return err
+	}
+	p.child = make(chan struct{})
+	o.launch.reap(p, root.Wait)
 	return nil
 }
 
@@ -196,12 +202,30 @@ func (osImager) taken(dir string) (string, error) {
 		return "", err
 	}
 	for _, pid := range pids {
-		if unix.Kill(pid, 0) == nil { // of a thread, too
-			name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-			return fmt.Sprintf("%d (%s)", pid, strings.TrimSpace(string(name))), nil
+		if who := holder(pid); who != "" {
+			return who, nil
 		}
 	}
 	return "", nil
+}
+
+// holder names who has a process or thread number. One that has ended and is not
+// reaped yet gives it up soon.
+func holder(pid int) (who string) {
+	const unreaped = 5 * time.Second
+	ctx, cancel := context.WithTimeout(context.Background(), unreaped)
+	defer cancel()
+	_ = poll(ctx, pollFirst, pollMost, func() (bool, error) {
+		who = ""
+		if unix.Kill(pid, 0) != nil {
+			return true, nil
+		}
+		name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+		who = fmt.Sprintf("%d (%s)", pid, strings.TrimSpace(string(name)))
+		st, err := readStat(pid)
+		return err == nil && !st.gone(), nil
+	})
+	return who
 }
 
 // settleTime is how long a CRIU has to end by itself once nobody answers it.

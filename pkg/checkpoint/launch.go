@@ -183,18 +183,26 @@ func (l *osLauncher) start(app *config.App) (process, error) {
 		Cgroup: string(group), OwnSession: true, OwnGroup: true, Mark: mark,
 	}}
 	p.ended = func() { l.forget(app.Name) }
-	l.children.Go(func() {
-		defer close(p.child)
+	l.reap(p, func() (*os.ProcessState, error) {
 		err := cmd.Wait()
-		p.mu.Lock()
-		p.exit = cmd.ProcessState.String()
-		p.mu.Unlock()
-		l.log.Info("process ended", "app", app.Name, "pid", st.pid, "how", cmd.ProcessState.String(), "err", err)
+		return cmd.ProcessState, err
 	})
 	if err := saveRecord(l.stateDir, p.rec); err != nil {
 		return nil, errors.Join(fmt.Errorf("record of %s: %w", app.Name, err), p.stop(unix.SIGKILL, 0))
 	}
 	return p, nil
+}
+
+// reap waits in the background for the end of p, which is our child.
+func (l *osLauncher) reap(p *osProcess, wait func() (*os.ProcessState, error)) {
+	l.children.Go(func() {
+		defer close(p.child)
+		state, err := wait()
+		p.mu.Lock()
+		p.exit = state.String()
+		p.mu.Unlock()
+		l.log.Info("process ended", "app", p.rec.App, "pid", p.rec.PID, "how", state.String(), "err", err)
+	})
 }
 
 func (l *osLauncher) forget(app string) {
