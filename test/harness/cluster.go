@@ -39,7 +39,9 @@ type ClusterOptions struct {
 	LoadFiles bool
 	// Holdpoint lets Node.Hold stop agents in a phase of an operation.
 	Holdpoint bool
-	Apps      []App
+	// CRIU as in Options.
+	CRIU string
+	Apps []App
 }
 
 // Cluster is a number of nodes that share a directory, and one client
@@ -78,7 +80,7 @@ func NewCluster(o ClusterOptions) (c *Cluster, err error) {
 		letter := string(rune('a' + i))
 		n := &Node{
 			Net: c.Net.Net(i), Dir: c.Path(letter), name: "node-" + letter, root: c.Dir,
-			o: Options{Name: o.Name + "-" + letter, Bin: o.Bin, Holdpoint: o.Holdpoint}, behind: map[string]*testnet.NS{}, links: map[string]int{},
+			o: Options{Name: o.Name + "-" + letter, Bin: o.Bin, Holdpoint: o.Holdpoint, CRIU: o.CRIU}, behind: map[string]*testnet.NS{}, links: map[string]int{},
 		}
 		c.Nodes = append(c.Nodes, n)
 		if err := makeDirs(n.Dir, "log", "state"); err != nil {
