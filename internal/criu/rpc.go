@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -34,8 +35,6 @@ type Run struct {
 	// Notify is called at each action, with the number of the root task where CRIU
 	// tells it (PostRestore), else 0. nil: never.
 	Notify func(action string, pid int) error
-	// Began is told the number of CRIU's own process; may be nil.
-	Began func(pid int)
 }
 
 // DumpOptions of Dump and PreDump.
@@ -128,9 +127,12 @@ const socketFD = 3
 
 // session is a running CRIU.
 type session struct {
-	sk  *os.File
-	cmd *exec.Cmd
-	out strings.Builder
+	sk    *os.File
+	fd    int
+	cmd   *exec.Cmd
+	out   strings.Builder
+	ended chan struct{}
+	exit  error // once it has
 }
 
 func (r Run) start() (*session, error) {
@@ -138,13 +140,14 @@ func (r Run) start() (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &session{sk: os.NewFile(uintptr(fds[0]), "criu")}
+	s := &session{sk: os.NewFile(uintptr(fds[0]), "criu"), fd: fds[0], ended: make(chan struct{})}
 	theirs := os.NewFile(uintptr(fds[1]), "criu")
 	defer theirs.Close()
 	// Its own session: a signal from the terminal must not end it in a task.
 	s.cmd = exec.Command(r.Command, "swrk", fmt.Sprint(socketFD))
 	s.cmd.ExtraFiles = []*os.File{theirs}
 	s.cmd.Stdout, s.cmd.Stderr = &s.out, &s.out
+	s.cmd.WaitDelay = 100 * time.Millisecond // what it leaves behind may hold its output open
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	begin := r.Start
 	if begin == nil {
@@ -154,16 +157,20 @@ func (r Run) start() (*session, error) {
 		s.sk.Close()
 		return nil, err
 	}
-	if r.Began != nil {
-		r.Began(s.cmd.Process.Pid)
-	}
+	// The tasks that it makes have the socket too: its own end is what counts.
+	go func() {
+		defer close(s.ended)
+		s.exit = s.cmd.Wait()
+		_ = unix.Shutdown(fds[0], unix.SHUT_RD) // what it said before is read all the same
+	}()
 	return s, nil
 }
 
 // close waits for CRIU's end: it ends by itself when nobody listens.
 func (s *session) close() {
+	_ = unix.Shutdown(s.fd, unix.SHUT_RDWR)
+	<-s.ended
 	s.sk.Close()
-	_ = s.cmd.Wait()
 }
 
 // ask carries out one request; refused is why a notification was answered with a
@@ -206,14 +213,13 @@ func (s *session) ask(ctx context.Context, req *rpc.CriuReq, notify func(string,
 
 // lost is for a CRIU that is gone.
 func (s *session) lost(err error) error {
-	s.sk.Close()
-	werr := s.cmd.Wait()
-	text := strings.TrimSpace(s.out.String())
-	switch {
+	_ = unix.Shutdown(s.fd, unix.SHUT_RDWR)
+	<-s.ended
+	switch text := strings.TrimSpace(unharmful(s.out.String())); {
 	case text != "":
-		return fmt.Errorf("it ended (%v): %s", werr, text)
-	case werr != nil:
-		return fmt.Errorf("it ended: %w", werr)
+		return fmt.Errorf("it ended (%v): %s", s.exit, text)
+	case s.exit != nil:
+		return fmt.Errorf("it ended: %w", s.exit)
 	}
 	return fmt.Errorf("it ended without an answer: %v", err)
 }

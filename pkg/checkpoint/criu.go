@@ -47,7 +47,7 @@ func (r *snapshotRun) runImage() (*pb.AgentSnapshotReply, error) {
 	r.announced = sync.OnceValue(func() error { return <-announced })
 	err := r.a.images.dump(r.op.ctx, r.app, r.proc, imageRun{
 		images: filepath.Join(r.pending.dir(), imagesDir), work: r.pending.dir(), log: dumpLog,
-		began:  func(pid int) error { r.criu = pid; return r.intendImage(false) },
+		began:  func(st procStat) error { r.criu = st; return r.intendImage(false) },
 		notify: r.dumping,
 	})
 	err = errors.Join(err, r.announced()) // or it would begin behind the end
@@ -74,7 +74,7 @@ func (r *snapshotRun) withLog(err error) error {
 // intendImage records how far the dump is: an agent that takes over looks at the
 // process that writes it first.
 func (r *snapshotRun) intendImage(sealed bool) error {
-	return r.a.intend(r.op, intent{Sealed: sealed, SnapshotID: r.id, Force: r.force, Temp: r.pending.temp, CRIU: r.criu})
+	return r.a.intend(r.op, intent{Sealed: sealed, SnapshotID: r.id, Force: r.force, Temp: r.pending.temp, CRIU: r.criu.pid, CRIUStart: r.criu.start})
 }
 
 // prepareImage makes the place of the snapshot.

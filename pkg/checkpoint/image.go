@@ -29,7 +29,7 @@ type imager interface {
 	taken(dir string) (string, error)
 	// settle sees that a CRIU which an earlier agent has started is gone, and that
 	// its process is as before; it takes what time that needs.
-	settle(ctx context.Context, pid int, p process) error
+	settle(ctx context.Context, pid int, start uint64, p process) error
 }
 
 // imageRun is one run of CRIU.
@@ -38,7 +38,7 @@ type imageRun struct {
 	track             bool
 	parent            string
 	notify            func(action string) error
-	began             func(pid int) error // before anything is done
+	began             func(criu procStat) error // before anything is done
 }
 
 // osImager uses CRIU.
@@ -64,7 +64,12 @@ func (o osImager) dump(ctx context.Context, app *config.App, p process, r imageR
 	run.Start = func(cmd *exec.Cmd) error {
 		err := startIn(app.Process.Namespace, cmd)
 		if err == nil && r.began != nil {
-			if err = r.began(cmd.Process.Pid); err != nil {
+			spare(cmd.Process.Pid)
+			var st procStat
+			if st, err = readStat(cmd.Process.Pid); err == nil {
+				err = r.began(st)
+			}
+			if err != nil {
 				_ = cmd.Process.Kill() // it has not been asked for anything
 				_ = cmd.Wait()
 			}
@@ -77,6 +82,12 @@ func (o osImager) dump(ctx context.Context, app *config.App, p process, r imageR
 		err = errors.Join(err, op.endRepair())
 	}
 	return err
+}
+
+// spare keeps a CRIU from being chosen when memory runs out: killed while it puts its code
+// into a task it would take the task with it. Without CAP_SYS_RESOURCE it stays as it is.
+func spare(pid int) {
+	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("-1000"), 0)
 }
 
 // endRepair has the sockets of all its processes work again.
@@ -129,6 +140,7 @@ func (o osImager) restore(ctx context.Context, app *config.App, r imageRun, back
 	}
 	p := &osProcess{rec: record{App: app.Name, BootID: bootID(), Cgroup: string(group), OwnSession: true, OwnGroup: true, Mark: mark},
 		ended: func() { l.forget(app.Name) }}
+	opened := false
 	run := o.run(app, r)
 	run.Start = func(cmd *exec.Cmd) error {
 		d, err := os.Open(string(group))
@@ -160,18 +172,44 @@ func (o osImager) restore(ctx context.Context, app *config.App, r imageRun, back
 			back(p)
 		}
 		err := r.notify(action)
-		if err != nil && action == criu.PreResume { // CRIU would go on whatever it is told
+		switch {
+		case action != criu.PreResume:
+		case err != nil: // CRIU would go on whatever it is told
 			err = errors.Join(err, p.signal(unix.SIGKILL))
+		default:
+			opened = true
 		}
 		return err
 	}
-	if err = run.Restore(ctx); err == nil {
+	err = run.Restore(ctx)
+	switch {
+	case err == nil:
+		return nil
+	case opened && p.alive(): // its clients speak with it; without CRIU the tasks go on
+		l.log.Warn("CRIU failed behind the last step of a restore, the application runs", "app", app.Name, "err", err)
 		return nil
 	}
 	if serr := p.stop(unix.SIGKILL, 0); serr != nil {
 		err = errors.Join(err, serr)
 	}
+	if p.child == nil { // CRIU did not come to tell which child it is
+		err = errors.Join(err, reapRoot(r.images))
+	}
 	return err
+}
+
+// reapRoot reaps the root task of images, which CRIU has made as our child.
+func reapRoot(dir string) error {
+	pids, err := criu.PIDs(dir)
+	if err != nil || len(pids) == 0 {
+		return nil // nothing was made of them
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
+	defer cancel()
+	return poll(ctx, pollFirst, pollMost, func() (bool, error) {
+		pid, err := unix.Wait4(pids[0], nil, unix.WNOHANG, nil)
+		return pid == pids[0] || errors.Is(err, unix.ECHILD), nil
+	})
 }
 
 // found notes which process was restored.
@@ -231,14 +269,13 @@ func holder(pid int) (who string) {
 // settleTime is how long a CRIU has to end by itself once nobody answers it.
 const settleTime = time.Minute
 
-func (osImager) settle(ctx context.Context, pid int, p process) error {
+func (osImager) settle(ctx context.Context, pid int, start uint64, p process) error {
 	if pid > 0 {
 		ctx, cancel := context.WithTimeoutCause(ctx, settleTime, fmt.Errorf("criu %d, which an earlier agent has started, does not end", pid))
 		defer cancel()
 		err := poll(ctx, pollFirst, pollMost, func() (bool, error) {
-			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-			st, serr := readStat(pid)
-			return err != nil || serr != nil || st.gone() || !strings.Contains(string(b), "swrk"), nil
+			st, err := readStat(pid)
+			return err != nil || st.gone() || st.start != start, nil
 		})
 		if err != nil {
 			return err

@@ -32,8 +32,9 @@ type intent struct {
 	ToNode string `json:"to_node,omitempty"`
 	// Temp is where the images of the snapshot are written, CRIU the number of the
 	// process that writes them.
-	Temp string `json:"temp,omitempty"`
-	CRIU int    `json:"criu,omitempty"`
+	Temp      string `json:"temp,omitempty"`
+	CRIU      int    `json:"criu,omitempty"`
+	CRIUStart uint64 `json:"criu_start,omitempty"` // as in record
 }
 
 // intents keeps them.

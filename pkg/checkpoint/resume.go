@@ -152,7 +152,7 @@ func (a *agent) resume(op *operation, app *config.App, in *intent) (did string, 
 func (a *agent) resumeSnapshot(op *operation, app *config.App, in *intent, st *pb.AppStatus, proc process) (string, func() error, error) {
 	if in.Temp != "" && proc != nil {
 		op.enter("criu")
-		if err := a.images.settle(op.ctx, in.CRIU, proc); err != nil {
+		if err := a.images.settle(op.ctx, in.CRIU, in.CRIUStart, proc); err != nil {
 			return "", nil, err
 		}
 		if !proc.alive() {

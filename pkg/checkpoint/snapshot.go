@@ -48,7 +48,7 @@ type snapshotRun struct {
 	info      *pb.ConnInfoReply // of the last account
 	pending   *pendingSnapshot
 	id        string       // known from an earlier agent
-	criu      int          // process number of CRIU
+	criu      procStat     // of CRIU
 	announced func() error // waits for the end of announce
 	summed    <-chan error // the images have their checksums and are on the disk
 	temp      string       // of images that an earlier agent has written

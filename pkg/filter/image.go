@@ -72,7 +72,7 @@ func (e *Engine) silentOut(now Time, a *app, c *conn, fx *Effects) {
 				e.remove(c, fx)
 			}
 		}
-	case a.state == appstate.RestoreStart && c.image:
+	case a.state == appstate.RestoreStart && c.image && c.hsDone: // before that it is the old socket
 		e.restoredSays(c, fx)
 	}
 }
