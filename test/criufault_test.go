@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -303,4 +304,23 @@ func TestCRIUAgentCrash(t *testing.T) {
 		rounds(t, load, 2)
 		unnoticed()
 	})
+}
+
+// TestCRIUPreCopy: a kernel that cannot tell which memory changes is named, and the
+// snapshot goes on without.
+func TestCRIUPreCopy(t *testing.T) {
+	app := interpApp()
+	app.Checkpoint += "pre_copy = true\n"
+	n := newNode(t, withCRIU(t, harness.Options{Name: "pre", Apps: []harness.App{app}}))
+	must(t, n.Up())
+	l := newLife(t, n.Dial, n.Net.Client(), "10.77.0.2")
+	r := n.Ctl("snapshot", "interp")
+	must(t, r.Err())
+	config, err := exec.Command("zcat", "/proc/config.gz").Output()
+	must(t, err)
+	if tracks := bytes.Contains(config, []byte("\nCONFIG_MEM_SOFT_DIRTY=y\n")); tracks == strings.Contains(r.Stderr, "does not track which memory changes (CONFIG_MEM_SOFT_DIRTY)") {
+		t.Errorf("the kernel tracks memory: %v; %s", tracks, r.Stderr)
+	}
+	l.back(t, n)
+	l.end(t)
 }

@@ -46,7 +46,7 @@ func (r *snapshotRun) runImage() (*pb.AgentSnapshotReply, error) {
 	r.a.wg.Go(func() { announced <- r.announce() })
 	r.announced = sync.OnceValue(func() error { return <-announced })
 	err := r.a.images.dump(r.op.ctx, r.app, r.proc, imageRun{
-		images: filepath.Join(r.pending.dir(), imagesDir), work: r.pending.dir(), log: dumpLog,
+		images: filepath.Join(r.pending.dir(), imagesDir), work: r.pending.dir(), log: dumpLog, parent: r.parent,
 		began:  func(st procStat) error { r.criu = st; return r.intendImage(false) },
 		notify: r.dumping,
 	})
@@ -83,7 +83,38 @@ func (r *snapshotRun) prepareImage() error {
 	if err := r.prepare(); err != nil {
 		return err
 	}
-	return r.pending.makeImages()
+	if err := r.pending.makeImages(imagesDir); err != nil {
+		return err
+	}
+	if r.app.Checkpoint.PreCopy {
+		return r.preCopy()
+	}
+	return nil
+}
+
+// preCopy has the memory written while the process runs on, where the kernel can tell what
+// changes behind that: only this is written while it stands still.
+func (r *snapshotRun) preCopy() error {
+	r.op.enter("pre-copy")
+	without := func(why string) {
+		r.notes = append(r.notes, "checkpoint.pre_copy: "+why+"; the process stood still while all of its memory was written")
+		r.a.log.Warn("no pre-copy", "app", r.app.Name, "why", why)
+	}
+	if why := r.a.images.tracks(r.op.ctx); why != "" {
+		without("this kernel does not track which memory changes (CONFIG_MEM_SOFT_DIRTY): " + why)
+		return context.Cause(r.op.ctx)
+	}
+	if err := r.pending.makeImages(preImagesDir); err != nil {
+		return err
+	}
+	err := r.a.images.preDump(r.op.ctx, r.app, r.proc, imageRun{
+		images: filepath.Join(r.pending.dir(), preImagesDir), work: r.pending.dir(), log: preDumpLog})
+	if err != nil { // it is written whole then
+		without(err.Error())
+		return errors.Join(context.Cause(r.op.ctx), r.pending.dropImages(preImagesDir))
+	}
+	r.parent = "../" + preImagesDir
+	return nil
 }
 
 // dumping is called by CRIU.

@@ -21,6 +21,10 @@ type imager interface {
 	// dump writes the images of a process and ends it, unless notify fails at
 	// criu.PostDump; the process runs on then, as after any other failure.
 	dump(ctx context.Context, app *config.App, p process, r imageRun) error
+	// preDump writes the memory of a process, which runs on.
+	preDump(ctx context.Context, app *config.App, p process, r imageRun) error
+	// tracks tells why this kernel cannot tell which memory has changed; "": it can.
+	tracks(ctx context.Context) string
 	// restore makes the processes of the images. With an error none is left.
 	restore(ctx context.Context, app *config.App, r imageRun, back func(process)) error
 	// sockets reads the TCP connections of images.
@@ -35,8 +39,7 @@ type imager interface {
 // imageRun is one run of CRIU.
 type imageRun struct {
 	images, work, log string
-	track             bool
-	parent            string
+	parent            string // directory of a pre-dump, from images; "": none
 	notify            func(action string) error
 	began             func(criu procStat) error // before anything is done
 }
@@ -77,11 +80,38 @@ func (o osImager) dump(ctx context.Context, app *config.App, p process, r imageR
 		return err
 	}
 	run.Notify = func(action string, _ int) error { return r.notify(action) }
-	err = run.Dump(ctx, criu.DumpOptions{PID: root, Track: r.track, Parent: r.parent})
+	err = run.Dump(ctx, criu.DumpOptions{PID: root, Track: r.parent != "", Parent: r.parent})
 	if err != nil { // a CRIU that was killed leaves the sockets as they were then
 		err = errors.Join(err, op.endRepair())
 	}
 	return err
+}
+
+func (o osImager) preDump(ctx context.Context, app *config.App, p process, r imageRun) error {
+	op, ok := p.(*osProcess)
+	if !ok {
+		return fmt.Errorf("%s is no process of this machine", p.describe())
+	}
+	root, err := op.root()
+	if err != nil {
+		return err
+	}
+	run := o.run(app, r)
+	run.Start = func(cmd *exec.Cmd) error {
+		err := startIn(app.Process.Namespace, cmd)
+		if err == nil {
+			spare(cmd.Process.Pid)
+		}
+		return err
+	}
+	return run.PreDump(ctx, criu.DumpOptions{PID: root})
+}
+
+func (o osImager) tracks(ctx context.Context) string {
+	if ok, why := criu.Feature(ctx, o.command(), "mem_dirty_track"); !ok {
+		return why
+	}
+	return ""
 }
 
 // spare keeps a CRIU from being chosen when memory runs out: killed while it puts its code

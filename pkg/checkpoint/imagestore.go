@@ -22,18 +22,20 @@ import (
 // manifest.
 
 const (
-	imagesDir   = "images"
-	dumpLog     = "dump.log"
-	failedDump  = "failed-dump.log" // of the last dump that failed, beside the snapshots
-	restoreLogs = "restore-%s.log"  // of each node
+	imagesDir    = "images"
+	preImagesDir = "pre-images" // of memory that was written before the process was stopped
+	dumpLog      = "dump.log"
+	preDumpLog   = "pre-dump.log"
+	failedDump   = "failed-dump.log" // of the last dump that failed, beside the snapshots
+	restoreLogs  = "restore-%s.log"  // of each node
 )
 
-// makeImages makes the directory for the images of a snapshot that is being written.
-func (p *pendingSnapshot) makeImages() error {
+// makeImages makes a directory for images of a snapshot that is being written.
+func (p *pendingSnapshot) makeImages(name string) error {
 	dir, err := p.store.open()
 	if err == nil {
 		defer dir.Close()
-		if err = dir.Mkdir(filepath.Join(p.temp, imagesDir), 0o700); errors.Is(err, os.ErrExist) {
+		if err = dir.Mkdir(filepath.Join(p.temp, name), 0o700); errors.Is(err, os.ErrExist) {
 			err = nil
 		}
 	}
@@ -41,6 +43,16 @@ func (p *pendingSnapshot) makeImages() error {
 		return fmt.Errorf("snapshot store: %w", err)
 	}
 	return nil
+}
+
+// dropImages removes one again.
+func (p *pendingSnapshot) dropImages(name string) error {
+	dir, err := p.store.open()
+	if err != nil {
+		return fmt.Errorf("snapshot store: %w", err)
+	}
+	defer dir.Close()
+	return dir.RemoveAll(filepath.Join(p.temp, name))
 }
 
 func (p *pendingSnapshot) dir() string { return filepath.Join(p.store.dir, p.temp) }
@@ -100,16 +112,43 @@ func (p *pendingSnapshot) sum() error {
 	defer dir.Close()
 	synced := make(chan error, 1)
 	go func() { synced <- syncImages(dir, filepath.Join(p.temp, imagesDir)) }()
-	sums, err := sumDir(dir, filepath.Join(p.temp, imagesDir))
+	sums, err := sumImages(dir, p.temp)
 	if err = errors.Join(err, <-synced); err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
 	}
-	p.images = map[string]string{}
-	for name, sum := range sums {
-		p.images[path.Join(imagesDir, name)] = sum
-	}
+	p.images = sums
 	return nil
 }
+
+// imageDirs are the directories of images in a snapshot's.
+var imageDirs = []string{imagesDir, preImagesDir}
+
+// isImage tells whether a name of the manifest is of an image.
+func isImage(name string) bool {
+	dir, file := path.Split(name)
+	return slices.Contains(imageDirs, strings.TrimSuffix(dir, "/")) && file != ""
+}
+
+// sumImages gives the SHA-256 of each image of a snapshot's directory.
+func sumImages(dir *os.Root, snapshot string) (map[string]string, error) {
+	all := map[string]string{}
+	for _, d := range imageDirs {
+		sums, err := sumDir(dir, filepath.Join(snapshot, d))
+		if errors.Is(err, os.ErrNotExist) && d == preImagesDir {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		for name, sum := range sums {
+			all[path.Join(d, name)] = sum
+		}
+	}
+	return all, nil
+}
+
+// parentLink is what CRIU leaves in a directory of images to find those of the pre-dump.
+const parentLink = "parent"
 
 // syncImages writes a directory's files out: one request for all of them, there are
 // thousands.
@@ -135,6 +174,14 @@ func sumDir(dir *os.Root, name string) (map[string]string, error) {
 	d.Close()
 	if err != nil {
 		return nil, err
+	}
+	if i := slices.Index(names, parentLink); i >= 0 {
+		if to, err := dir.Readlink(filepath.Join(name, parentLink)); err == nil {
+			if to != "../"+preImagesDir {
+				return nil, fmt.Errorf("%s leads to %q, which is no image of this snapshot", filepath.Join(name, parentLink), to)
+			}
+			names = slices.Delete(names, i, i+1)
+		}
 	}
 	slices.Sort(names)
 	out := make([]string, len(names))
@@ -180,26 +227,25 @@ func (s store) checkImages(m *Manifest) error {
 		return err
 	}
 	defer dir.Close()
-	where := filepath.Join(m.App, m.ID, imagesDir)
+	where := filepath.Join(m.App, m.ID)
 	bad := func(what string) error {
 		return fmt.Errorf("snapshot %s of %s is damaged: %s; its connections stay held, put the file back from another copy or give the application up (ckptctl stop %[2]s --discard)", m.ID, m.App, what)
 	}
-	sums, err := sumDir(dir, where)
+	sums, err := sumImages(dir, where)
 	if err != nil {
 		return bad(err.Error())
 	}
 	for _, name := range slices.Sorted(maps.Keys(m.Files)) {
-		image, is := strings.CutPrefix(name, imagesDir+"/")
-		if !is {
+		if !isImage(name) {
 			continue
 		}
-		switch have, there := sums[image]; {
+		switch have, there := sums[name]; {
 		case !there:
-			return bad(filepath.Join(s.dir, where, image) + " is missing")
+			return bad(filepath.Join(s.dir, where, name) + " is missing")
 		case have != m.Files[name]:
-			return bad(filepath.Join(s.dir, where, image) + " does not have the checksum of the manifest")
+			return bad(filepath.Join(s.dir, where, name) + " does not have the checksum of the manifest")
 		}
-		delete(sums, image)
+		delete(sums, name)
 	}
 	for name := range sums {
 		return bad(filepath.Join(s.dir, where, name) + " is not in the manifest")

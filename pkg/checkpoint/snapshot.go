@@ -51,6 +51,7 @@ type snapshotRun struct {
 	criu      procStat     // of CRIU
 	announced func() error // waits for the end of announce
 	summed    <-chan error // the images have their checksums and are on the disk
+	parent    string       // directory of a pre-dump
 	temp      string       // of images that an earlier agent has written
 }
 

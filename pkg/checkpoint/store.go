@@ -289,7 +289,7 @@ func (s store) check(app, id string) (m *Manifest, connections []byte, err error
 		}
 	}
 	for name, want := range m.Files {
-		if strings.HasPrefix(name, imagesDir+"/") && m.images() {
+		if isImage(name) && m.images() {
 			continue
 		}
 		if name != filepath.Base(name) || name == ".." || name == "." {

@@ -174,6 +174,7 @@ func readCheckpoint(t *table, c *Checkpoint) {
 	t.duration("drain_timeout", &c.DrainTimeout)
 	t.word("boundary", &c.Boundary, BoundaryTurn, BoundaryLine, BoundaryRESP)
 	t.duration("quiet", &c.Quiet)
+	t.boolean("pre_copy", &c.PreCopy)
 	t.done()
 }
 

@@ -178,6 +178,7 @@ before = ["save", "now"]
 drain_timeout = "7s"
 boundary = "resp"
 quiet = "0s"
+pre_copy = true
 [hibernate]
 after = "10m"
 [[heartbeat]]

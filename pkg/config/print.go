@@ -207,6 +207,7 @@ func (p *printer) app(name string, a *App) {
 	p.set("drain_timeout", a.Checkpoint.DrainTimeout)
 	p.set("boundary", a.Checkpoint.Boundary)
 	p.set("quiet", a.Checkpoint.Quiet)
+	p.set("pre_copy", a.Checkpoint.PreCopy)
 	p.table("apps", name, "hibernate")
 	p.set("after", a.Hibernate.After)
 	for _, b := range a.Heartbeats {

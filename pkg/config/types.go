@@ -233,6 +233,8 @@ type Checkpoint struct {
 	Boundary string
 	// Quiet is the silence that counts as finished.
 	Quiet Duration
+	// PreCopy has the memory copied before the process is stopped, with EngineCRIU.
+	PreCopy bool
 }
 
 // Hibernate is [hibernate].
