@@ -65,6 +65,9 @@ type Socket struct {
 	Cookie [2]uint32
 	// V6Only tells that an IPv6 listener takes no IPv4 connections.
 	V6Only bool
+	// MD5 tells that the socket has keys of TCP-MD5 (RFC 2385). The kernel shows them to
+	// CAP_NET_ADMIN alone, and with Query.Info.
+	MD5 bool
 	// Retransmits counts the time-outs, or the unanswered probes, of the running timer.
 	Retransmits uint8
 	// Info is set for full sockets when Query.Info was asked for; nil in TIME_WAIT and for requests.

@@ -23,6 +23,7 @@ const (
 	attrReqBytecode = 1  // INET_DIAG_REQ_BYTECODE
 	attrInfo        = 2  // INET_DIAG_INFO
 	attrV6Only      = 11 // INET_DIAG_SKV6ONLY
+	attrMD5Sig      = 18 // INET_DIAG_MD5SIG
 	attrULPInfo     = 19 // INET_DIAG_ULP_INFO
 	attrULPName     = 1  // INET_ULP_INFO_NAME
 	attrTypeMask    = 0x3fff
@@ -252,6 +253,8 @@ func (d *decoder) add(b []byte) error {
 			parseInfo(v, s.Info)
 		case attrV6Only:
 			s.V6Only = len(v) > 0 && v[0] != 0
+		case attrMD5Sig:
+			s.MD5 = true
 		case attrULPInfo:
 			ulp = ulpName(v)
 		}
