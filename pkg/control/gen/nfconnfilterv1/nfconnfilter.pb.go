@@ -4145,6 +4145,179 @@ func (x *AgentProgressReply) GetElapsedMs() int64 {
 	return 0
 }
 
+type AgentDoctorRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentDoctorRequest) Reset() {
+	*x = AgentDoctorRequest{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentDoctorRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentDoctorRequest) ProtoMessage() {}
+
+func (x *AgentDoctorRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentDoctorRequest.ProtoReflect.Descriptor instead.
+func (*AgentDoctorRequest) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *AgentDoctorRequest) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+// Finding is one thing that Doctor has to say.
+type Finding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Level         string                 `protobuf:"bytes,1,opt,name=level,proto3" json:"level,omitempty"` // "fault": a snapshot or its restore would fail; "warning": it may; "note"
+	Check         string                 `protobuf:"bytes,2,opt,name=check,proto3" json:"check,omitempty"` // one word for what was looked at
+	What          string                 `protobuf:"bytes,3,opt,name=what,proto3" json:"what,omitempty"`
+	Remedy        string                 `protobuf:"bytes,4,opt,name=remedy,proto3" json:"remedy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Finding) Reset() {
+	*x = Finding{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Finding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Finding) ProtoMessage() {}
+
+func (x *Finding) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Finding.ProtoReflect.Descriptor instead.
+func (*Finding) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *Finding) GetLevel() string {
+	if x != nil {
+		return x.Level
+	}
+	return ""
+}
+
+func (x *Finding) GetCheck() string {
+	if x != nil {
+		return x.Check
+	}
+	return ""
+}
+
+func (x *Finding) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *Finding) GetRemedy() string {
+	if x != nil {
+		return x.Remedy
+	}
+	return ""
+}
+
+type AgentDoctorReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	Engine        string                 `protobuf:"bytes,2,opt,name=engine,proto3" json:"engine,omitempty"`
+	Findings      []*Finding             `protobuf:"bytes,3,rep,name=findings,proto3" json:"findings,omitempty"` // faults first, then warnings, then notes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentDoctorReply) Reset() {
+	*x = AgentDoctorReply{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentDoctorReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentDoctorReply) ProtoMessage() {}
+
+func (x *AgentDoctorReply) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentDoctorReply.ProtoReflect.Descriptor instead.
+func (*AgentDoctorReply) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *AgentDoctorReply) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *AgentDoctorReply) GetEngine() string {
+	if x != nil {
+		return x.Engine
+	}
+	return ""
+}
+
+func (x *AgentDoctorReply) GetFindings() []*Finding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
 var File_nfconnfilter_v1_nfconnfilter_proto protoreflect.FileDescriptor
 
 const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
@@ -4529,7 +4702,18 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x05phase\x18\x03 \x01(\tR\x05phase\x12\x16\n" +
 	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x1d\n" +
 	"\n" +
-	"elapsed_ms\x18\x05 \x01(\x03R\telapsedMs2\xa2\v\n" +
+	"elapsed_ms\x18\x05 \x01(\x03R\telapsedMs\"&\n" +
+	"\x12AgentDoctorRequest\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\"a\n" +
+	"\aFinding\x12\x14\n" +
+	"\x05level\x18\x01 \x01(\tR\x05level\x12\x14\n" +
+	"\x05check\x18\x02 \x01(\tR\x05check\x12\x12\n" +
+	"\x04what\x18\x03 \x01(\tR\x04what\x12\x16\n" +
+	"\x06remedy\x18\x04 \x01(\tR\x06remedy\"r\n" +
+	"\x10AgentDoctorReply\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x16\n" +
+	"\x06engine\x18\x02 \x01(\tR\x06engine\x124\n" +
+	"\bfindings\x18\x03 \x03(\v2\x18.nfconnfilter.v1.FindingR\bfindings2\xa2\v\n" +
 	"\x06Filter\x12G\n" +
 	"\bRegister\x12 .nfconnfilter.v1.RegisterRequest\x1a\x19.nfconnfilter.v1.AppReply\x12K\n" +
 	"\n" +
@@ -4550,7 +4734,7 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\fGetConnCount\x12\x1b.nfconnfilter.v1.AppRequest\x1a\x1f.nfconnfilter.v1.ConnCountReply\x12R\n" +
 	"\vGetConnInfo\x12#.nfconnfilter.v1.GetConnInfoRequest\x1a\x1e.nfconnfilter.v1.ConnInfoReply\x12F\n" +
 	"\x06Status\x12\x1e.nfconnfilter.v1.StatusRequest\x1a\x1c.nfconnfilter.v1.StatusReply\x12?\n" +
-	"\x04Wait\x12\x1c.nfconnfilter.v1.WaitRequest\x1a\x19.nfconnfilter.v1.AppReply2\x8e\a\n" +
+	"\x04Wait\x12\x1c.nfconnfilter.v1.WaitRequest\x1a\x19.nfconnfilter.v1.AppReply2\xe0\a\n" +
 	"\x05Agent\x12H\n" +
 	"\x05Start\x12\".nfconnfilter.v1.AgentStartRequest\x1a\x1b.nfconnfilter.v1.AgentReply\x12F\n" +
 	"\x04Stop\x12!.nfconnfilter.v1.AgentStopRequest\x1a\x1b.nfconnfilter.v1.AgentReply\x12V\n" +
@@ -4563,7 +4747,8 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\n" +
 	"NodeStatus\x12'.nfconnfilter.v1.AgentNodeStatusRequest\x1a%.nfconnfilter.v1.AgentNodeStatusReply\x12S\n" +
 	"\aPrepare\x12$.nfconnfilter.v1.AgentPrepareRequest\x1a\".nfconnfilter.v1.AgentPrepareReply\x12H\n" +
-	"\x05Yield\x12\".nfconnfilter.v1.AgentYieldRequest\x1a\x1b.nfconnfilter.v1.AgentReplyBTZRgithub.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1;nfconnfilterv1b\x06proto3"
+	"\x05Yield\x12\".nfconnfilter.v1.AgentYieldRequest\x1a\x1b.nfconnfilter.v1.AgentReply\x12P\n" +
+	"\x06Doctor\x12#.nfconnfilter.v1.AgentDoctorRequest\x1a!.nfconnfilter.v1.AgentDoctorReplyBTZRgithub.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1;nfconnfilterv1b\x06proto3"
 
 var (
 	file_nfconnfilter_v1_nfconnfilter_proto_rawDescOnce sync.Once
@@ -4577,7 +4762,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP() []byte {
 	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescData
 }
 
-var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
+var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 	(*ErrorInfo)(nil),              // 0: nfconnfilter.v1.ErrorInfo
 	(*AppRequest)(nil),             // 1: nfconnfilter.v1.AppRequest
@@ -4632,9 +4817,12 @@ var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 	(*AgentAbortRequest)(nil),      // 50: nfconnfilter.v1.AgentAbortRequest
 	(*AgentProgressRequest)(nil),   // 51: nfconnfilter.v1.AgentProgressRequest
 	(*AgentProgressReply)(nil),     // 52: nfconnfilter.v1.AgentProgressReply
-	nil,                            // 53: nfconnfilter.v1.ConnInfo.ReasonsEntry
-	nil,                            // 54: nfconnfilter.v1.AppStatus.ConnectionsEntry
-	nil,                            // 55: nfconnfilter.v1.AppStatus.ReasonsEntry
+	(*AgentDoctorRequest)(nil),     // 53: nfconnfilter.v1.AgentDoctorRequest
+	(*Finding)(nil),                // 54: nfconnfilter.v1.Finding
+	(*AgentDoctorReply)(nil),       // 55: nfconnfilter.v1.AgentDoctorReply
+	nil,                            // 56: nfconnfilter.v1.ConnInfo.ReasonsEntry
+	nil,                            // 57: nfconnfilter.v1.AppStatus.ConnectionsEntry
+	nil,                            // 58: nfconnfilter.v1.AppStatus.ReasonsEntry
 }
 var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
 	6,  // 0: nfconnfilter.v1.AdoptRequest.sockets:type_name -> nfconnfilter.v1.Socket
@@ -4642,10 +4830,10 @@ var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
 	3,  // 2: nfconnfilter.v1.SnapshotFreezeRequest.heartbeats:type_name -> nfconnfilter.v1.Heartbeat
 	13, // 3: nfconnfilter.v1.SealRequest.image:type_name -> nfconnfilter.v1.ImageSocket
 	16, // 4: nfconnfilter.v1.RestoreConnRequest.conns:type_name -> nfconnfilter.v1.ConnID
-	53, // 5: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
+	56, // 5: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
 	25, // 6: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
-	54, // 7: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
-	55, // 8: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
+	57, // 7: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
+	58, // 8: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
 	28, // 9: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
 	29, // 10: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
 	34, // 11: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
@@ -4653,71 +4841,74 @@ var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
 	39, // 13: nfconnfilter.v1.AgentSnapshotsReply.snapshots:type_name -> nfconnfilter.v1.SnapshotInfo
 	34, // 14: nfconnfilter.v1.AgentMigrateReply.phases:type_name -> nfconnfilter.v1.Phase
 	48, // 15: nfconnfilter.v1.AgentNodeStatusReply.apps:type_name -> nfconnfilter.v1.NodeApp
-	4,  // 16: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
-	5,  // 17: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
-	7,  // 18: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
-	9,  // 19: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
-	11, // 20: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
-	12, // 21: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
-	14, // 22: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
-	1,  // 23: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
-	15, // 24: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
-	21, // 25: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
-	22, // 26: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
-	1,  // 27: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
-	17, // 28: nfconnfilter.v1.Filter.Handover:input_type -> nfconnfilter.v1.HandoverRequest
-	19, // 29: nfconnfilter.v1.Filter.Handback:input_type -> nfconnfilter.v1.HandbackRequest
-	20, // 30: nfconnfilter.v1.Filter.Release:input_type -> nfconnfilter.v1.ReleaseRequest
-	1,  // 31: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
-	24, // 32: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
-	27, // 33: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
-	31, // 34: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
-	32, // 35: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
-	33, // 36: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
-	36, // 37: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
-	38, // 38: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
-	41, // 39: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
-	50, // 40: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
-	51, // 41: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
-	42, // 42: nfconnfilter.v1.Agent.Migrate:input_type -> nfconnfilter.v1.AgentMigrateRequest
-	47, // 43: nfconnfilter.v1.Agent.NodeStatus:input_type -> nfconnfilter.v1.AgentNodeStatusRequest
-	44, // 44: nfconnfilter.v1.Agent.Prepare:input_type -> nfconnfilter.v1.AgentPrepareRequest
-	46, // 45: nfconnfilter.v1.Agent.Yield:input_type -> nfconnfilter.v1.AgentYieldRequest
-	2,  // 46: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
-	2,  // 47: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
-	8,  // 48: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
-	10, // 49: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
-	2,  // 50: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
-	2,  // 51: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
-	2,  // 52: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
-	2,  // 53: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
-	2,  // 54: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
-	2,  // 55: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
-	2,  // 56: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
-	2,  // 57: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
-	18, // 58: nfconnfilter.v1.Filter.Handover:output_type -> nfconnfilter.v1.HandoverReply
-	2,  // 59: nfconnfilter.v1.Filter.Handback:output_type -> nfconnfilter.v1.AppReply
-	2,  // 60: nfconnfilter.v1.Filter.Release:output_type -> nfconnfilter.v1.AppReply
-	23, // 61: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
-	26, // 62: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
-	30, // 63: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
-	2,  // 64: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
-	35, // 65: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
-	35, // 66: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
-	37, // 67: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
-	40, // 68: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
-	35, // 69: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
-	35, // 70: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
-	52, // 71: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
-	43, // 72: nfconnfilter.v1.Agent.Migrate:output_type -> nfconnfilter.v1.AgentMigrateReply
-	49, // 73: nfconnfilter.v1.Agent.NodeStatus:output_type -> nfconnfilter.v1.AgentNodeStatusReply
-	45, // 74: nfconnfilter.v1.Agent.Prepare:output_type -> nfconnfilter.v1.AgentPrepareReply
-	35, // 75: nfconnfilter.v1.Agent.Yield:output_type -> nfconnfilter.v1.AgentReply
-	46, // [46:76] is the sub-list for method output_type
-	16, // [16:46] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	54, // 16: nfconnfilter.v1.AgentDoctorReply.findings:type_name -> nfconnfilter.v1.Finding
+	4,  // 17: nfconnfilter.v1.Filter.Register:input_type -> nfconnfilter.v1.RegisterRequest
+	5,  // 18: nfconnfilter.v1.Filter.Unregister:input_type -> nfconnfilter.v1.UnregisterRequest
+	7,  // 19: nfconnfilter.v1.Filter.Adopt:input_type -> nfconnfilter.v1.AdoptRequest
+	9,  // 20: nfconnfilter.v1.Filter.SnapshotStart:input_type -> nfconnfilter.v1.SnapshotStartRequest
+	11, // 21: nfconnfilter.v1.Filter.SnapshotFreeze:input_type -> nfconnfilter.v1.SnapshotFreezeRequest
+	12, // 22: nfconnfilter.v1.Filter.Seal:input_type -> nfconnfilter.v1.SealRequest
+	14, // 23: nfconnfilter.v1.Filter.SnapshotDone:input_type -> nfconnfilter.v1.SnapshotDoneRequest
+	1,  // 24: nfconnfilter.v1.Filter.SnapshotAbort:input_type -> nfconnfilter.v1.AppRequest
+	15, // 25: nfconnfilter.v1.Filter.RestoreStart:input_type -> nfconnfilter.v1.RestoreStartRequest
+	21, // 26: nfconnfilter.v1.Filter.RestoreConn:input_type -> nfconnfilter.v1.RestoreConnRequest
+	22, // 27: nfconnfilter.v1.Filter.Restored:input_type -> nfconnfilter.v1.RestoredRequest
+	1,  // 28: nfconnfilter.v1.Filter.RestoreAbort:input_type -> nfconnfilter.v1.AppRequest
+	17, // 29: nfconnfilter.v1.Filter.Handover:input_type -> nfconnfilter.v1.HandoverRequest
+	19, // 30: nfconnfilter.v1.Filter.Handback:input_type -> nfconnfilter.v1.HandbackRequest
+	20, // 31: nfconnfilter.v1.Filter.Release:input_type -> nfconnfilter.v1.ReleaseRequest
+	1,  // 32: nfconnfilter.v1.Filter.GetConnCount:input_type -> nfconnfilter.v1.AppRequest
+	24, // 33: nfconnfilter.v1.Filter.GetConnInfo:input_type -> nfconnfilter.v1.GetConnInfoRequest
+	27, // 34: nfconnfilter.v1.Filter.Status:input_type -> nfconnfilter.v1.StatusRequest
+	31, // 35: nfconnfilter.v1.Filter.Wait:input_type -> nfconnfilter.v1.WaitRequest
+	32, // 36: nfconnfilter.v1.Agent.Start:input_type -> nfconnfilter.v1.AgentStartRequest
+	33, // 37: nfconnfilter.v1.Agent.Stop:input_type -> nfconnfilter.v1.AgentStopRequest
+	36, // 38: nfconnfilter.v1.Agent.Snapshot:input_type -> nfconnfilter.v1.AgentSnapshotRequest
+	38, // 39: nfconnfilter.v1.Agent.Snapshots:input_type -> nfconnfilter.v1.AgentSnapshotsRequest
+	41, // 40: nfconnfilter.v1.Agent.Restore:input_type -> nfconnfilter.v1.AgentRestoreRequest
+	50, // 41: nfconnfilter.v1.Agent.Abort:input_type -> nfconnfilter.v1.AgentAbortRequest
+	51, // 42: nfconnfilter.v1.Agent.Progress:input_type -> nfconnfilter.v1.AgentProgressRequest
+	42, // 43: nfconnfilter.v1.Agent.Migrate:input_type -> nfconnfilter.v1.AgentMigrateRequest
+	47, // 44: nfconnfilter.v1.Agent.NodeStatus:input_type -> nfconnfilter.v1.AgentNodeStatusRequest
+	44, // 45: nfconnfilter.v1.Agent.Prepare:input_type -> nfconnfilter.v1.AgentPrepareRequest
+	46, // 46: nfconnfilter.v1.Agent.Yield:input_type -> nfconnfilter.v1.AgentYieldRequest
+	53, // 47: nfconnfilter.v1.Agent.Doctor:input_type -> nfconnfilter.v1.AgentDoctorRequest
+	2,  // 48: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
+	2,  // 49: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
+	8,  // 50: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
+	10, // 51: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
+	2,  // 52: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
+	2,  // 53: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
+	2,  // 54: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
+	2,  // 55: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
+	2,  // 56: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
+	2,  // 57: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
+	2,  // 58: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
+	2,  // 59: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
+	18, // 60: nfconnfilter.v1.Filter.Handover:output_type -> nfconnfilter.v1.HandoverReply
+	2,  // 61: nfconnfilter.v1.Filter.Handback:output_type -> nfconnfilter.v1.AppReply
+	2,  // 62: nfconnfilter.v1.Filter.Release:output_type -> nfconnfilter.v1.AppReply
+	23, // 63: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
+	26, // 64: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
+	30, // 65: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
+	2,  // 66: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
+	35, // 67: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
+	35, // 68: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
+	37, // 69: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
+	40, // 70: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
+	35, // 71: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
+	35, // 72: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
+	52, // 73: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
+	43, // 74: nfconnfilter.v1.Agent.Migrate:output_type -> nfconnfilter.v1.AgentMigrateReply
+	49, // 75: nfconnfilter.v1.Agent.NodeStatus:output_type -> nfconnfilter.v1.AgentNodeStatusReply
+	45, // 76: nfconnfilter.v1.Agent.Prepare:output_type -> nfconnfilter.v1.AgentPrepareReply
+	35, // 77: nfconnfilter.v1.Agent.Yield:output_type -> nfconnfilter.v1.AgentReply
+	55, // 78: nfconnfilter.v1.Agent.Doctor:output_type -> nfconnfilter.v1.AgentDoctorReply
+	48, // [48:79] is the sub-list for method output_type
+	17, // [17:48] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_nfconnfilter_v1_nfconnfilter_proto_init() }
@@ -4731,7 +4922,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc), len(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   56,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

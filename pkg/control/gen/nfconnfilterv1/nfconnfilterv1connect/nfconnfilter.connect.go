@@ -102,6 +102,8 @@ const (
 	AgentPrepareProcedure = "/nfconnfilter.v1.Agent/Prepare"
 	// AgentYieldProcedure is the fully-qualified name of the Agent's Yield RPC.
 	AgentYieldProcedure = "/nfconnfilter.v1.Agent/Yield"
+	// AgentDoctorProcedure is the fully-qualified name of the Agent's Doctor RPC.
+	AgentDoctorProcedure = "/nfconnfilter.v1.Agent/Doctor"
 )
 
 // FilterClient is a client for the nfconnfilter.v1.Filter service.
@@ -714,6 +716,9 @@ type AgentClient interface {
 	Prepare(context.Context, *connect.Request[nfconnfilterv1.AgentPrepareRequest]) (*connect.Response[nfconnfilterv1.AgentPrepareReply], error)
 	// Yield is asked of the old node by the one that takes an application over.
 	Yield(context.Context, *connect.Request[nfconnfilterv1.AgentYieldRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error)
+	// Doctor tells what of an application its engine could not bring back. It
+	// changes nothing and is allowed in every state.
+	Doctor(context.Context, *connect.Request[nfconnfilterv1.AgentDoctorRequest]) (*connect.Response[nfconnfilterv1.AgentDoctorReply], error)
 }
 
 // NewAgentClient constructs a client for the nfconnfilter.v1.Agent service. By default, it uses the
@@ -793,6 +798,12 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(agentMethods.ByName("Yield")),
 			connect.WithClientOptions(opts...),
 		),
+		doctor: connect.NewClient[nfconnfilterv1.AgentDoctorRequest, nfconnfilterv1.AgentDoctorReply](
+			httpClient,
+			baseURL+AgentDoctorProcedure,
+			connect.WithSchema(agentMethods.ByName("Doctor")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -809,6 +820,7 @@ type agentClient struct {
 	nodeStatus *connect.Client[nfconnfilterv1.AgentNodeStatusRequest, nfconnfilterv1.AgentNodeStatusReply]
 	prepare    *connect.Client[nfconnfilterv1.AgentPrepareRequest, nfconnfilterv1.AgentPrepareReply]
 	yield      *connect.Client[nfconnfilterv1.AgentYieldRequest, nfconnfilterv1.AgentReply]
+	doctor     *connect.Client[nfconnfilterv1.AgentDoctorRequest, nfconnfilterv1.AgentDoctorReply]
 }
 
 // Start calls nfconnfilter.v1.Agent.Start.
@@ -866,6 +878,11 @@ func (c *agentClient) Yield(ctx context.Context, req *connect.Request[nfconnfilt
 	return c.yield.CallUnary(ctx, req)
 }
 
+// Doctor calls nfconnfilter.v1.Agent.Doctor.
+func (c *agentClient) Doctor(ctx context.Context, req *connect.Request[nfconnfilterv1.AgentDoctorRequest]) (*connect.Response[nfconnfilterv1.AgentDoctorReply], error) {
+	return c.doctor.CallUnary(ctx, req)
+}
+
 // AgentHandler is an implementation of the nfconnfilter.v1.Agent service.
 type AgentHandler interface {
 	Start(context.Context, *connect.Request[nfconnfilterv1.AgentStartRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error)
@@ -886,6 +903,9 @@ type AgentHandler interface {
 	Prepare(context.Context, *connect.Request[nfconnfilterv1.AgentPrepareRequest]) (*connect.Response[nfconnfilterv1.AgentPrepareReply], error)
 	// Yield is asked of the old node by the one that takes an application over.
 	Yield(context.Context, *connect.Request[nfconnfilterv1.AgentYieldRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error)
+	// Doctor tells what of an application its engine could not bring back. It
+	// changes nothing and is allowed in every state.
+	Doctor(context.Context, *connect.Request[nfconnfilterv1.AgentDoctorRequest]) (*connect.Response[nfconnfilterv1.AgentDoctorReply], error)
 }
 
 // NewAgentHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -961,6 +981,12 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(agentMethods.ByName("Yield")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentDoctorHandler := connect.NewUnaryHandler(
+		AgentDoctorProcedure,
+		svc.Doctor,
+		connect.WithSchema(agentMethods.ByName("Doctor")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/nfconnfilter.v1.Agent/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AgentStartProcedure:
@@ -985,6 +1011,8 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 			agentPrepareHandler.ServeHTTP(w, r)
 		case AgentYieldProcedure:
 			agentYieldHandler.ServeHTTP(w, r)
+		case AgentDoctorProcedure:
+			agentDoctorHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1036,4 +1064,8 @@ func (UnimplementedAgentHandler) Prepare(context.Context, *connect.Request[nfcon
 
 func (UnimplementedAgentHandler) Yield(context.Context, *connect.Request[nfconnfilterv1.AgentYieldRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Agent.Yield is not implemented"))
+}
+
+func (UnimplementedAgentHandler) Doctor(context.Context, *connect.Request[nfconnfilterv1.AgentDoctorRequest]) (*connect.Response[nfconnfilterv1.AgentDoctorReply], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Agent.Doctor is not implemented"))
 }
