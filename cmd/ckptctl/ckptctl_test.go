@@ -166,6 +166,7 @@ type fakeAgent struct {
 	forced   []string
 	phases   []*nfconnfilterv1.Phase
 	list     []*nfconnfilterv1.SnapshotInfo
+	findings []*nfconnfilterv1.Finding
 	hang     chan struct{} // an operation lasts until it is closed, Abort, or the caller is gone
 	abortErr error
 	aborted  chan struct{}

@@ -55,6 +55,10 @@ type cli struct {
 	timedOut chan struct{} // closed when --timeout has passed
 }
 
+// errSaid makes the exit code 1 where the result on standard output has said
+// why.
+var errSaid = errors.New("the result says what is wrong")
+
 // usageError is a fault of the command line or of the configuration.
 type usageError struct{ error }
 
@@ -90,6 +94,9 @@ func (c *cli) run(ctx context.Context, args []string) int {
 		if wantsJSON(args) {
 			c.output = "json"
 		}
+	}
+	if errors.Is(err, errSaid) {
+		return exitFailed
 	}
 	code := c.exitCode(ctx, err)
 	c.report(ctx, err, code)
@@ -129,7 +136,7 @@ application; 3 daemon not reachable; 4 --timeout passed.`,
 	root.AddCommand(
 		c.startCommand(), c.stopCommand(), c.statusCommand(), c.connsCommand(),
 		c.snapshotCommand(), c.snapshotsCommand(), c.restoreCommand(), c.migrateCommand(), c.abortCommand(), c.releaseCommand(),
-		c.waitCommand(), c.ioctlCommand(), c.agentCommand(), c.schedulerCommand(), c.certsCommand(),
+		c.waitCommand(), c.doctorCommand(), c.ioctlCommand(), c.agentCommand(), c.schedulerCommand(), c.certsCommand(),
 	)
 	root.SetHelpCommand(helpCommand(root))
 	// Otherwise they are taken for flags with a value while the command is
