@@ -35,6 +35,15 @@ type diagnosis struct {
 	app      *config.App
 	criu     bool
 	findings []*pb.Finding
+	places   map[string]*place // of findings that are somewhere in a process
+}
+
+// place is a finding that several processes may share, as workers do that
+// inherited a descriptor.
+type place struct {
+	*pb.Finding
+	first string
+	more  int
 }
 
 func (d *diagnosis) add(level, check, what, remedy string) {
@@ -44,6 +53,21 @@ func (d *diagnosis) add(level, check, what, remedy string) {
 func (d *diagnosis) fault(check, what, remedy string)   { d.add(levelFault, check, what, remedy) }
 func (d *diagnosis) warning(check, what, remedy string) { d.add(levelWarning, check, what, remedy) }
 func (d *diagnosis) note(check, what, remedy string)    { d.add(levelNote, check, what, remedy) }
+
+// at adds a fault that is somewhere; the same one elsewhere is counted only.
+func (d *diagnosis) at(where, check, what, remedy string) {
+	key := check + "\n" + what
+	if p := d.places[key]; p != nil {
+		p.more++
+		p.What = fmt.Sprintf("%s (and %d more) %s", p.first, p.more, what)
+		return
+	}
+	d.fault(check, where+" "+what, remedy)
+	if d.places == nil {
+		d.places = map[string]*place{}
+	}
+	d.places[key] = &place{Finding: d.findings[len(d.findings)-1], first: where}
+}
 
 // Doctor serves the request of the same name.
 func (a *agent) Doctor(ctx context.Context, r *connect.Request[pb.AgentDoctorRequest]) (*connect.Response[pb.AgentDoctorReply], error) {

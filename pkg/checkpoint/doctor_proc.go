@@ -21,6 +21,7 @@ type patient struct {
 	procStat
 	name       string
 	tracer     int
+	locked     bool // its limits cannot be read
 	threads    []int
 	strays     []string          // threads in another network namespace
 	namespaces map[string]string // by the name of its file below ns
@@ -101,6 +102,7 @@ func examine(s procStat) (*patient, error) {
 			p.strays = append(p.strays, name)
 		}
 	}
+	p.locked = errors.Is(unix.Prlimit(s.pid, unix.RLIMIT_CPU, nil, &unix.Rlimit{}), unix.EPERM)
 	if p.files, err = openFiles(dir); err != nil {
 		return nil, gone(err)
 	}

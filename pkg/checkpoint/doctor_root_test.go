@@ -387,3 +387,67 @@ func compareDump(t *testing.T, p *osProcess, ill ailment, got []*pb.Finding) {
 		t.Errorf("CRIU: %v, and the doctor found %v\n%s", err, got, out)
 	}
 }
+
+// What a program does not do itself: it is traced, was not started as the
+// leader of a session, or speaks with another one on this node.
+func TestDoctorSurroundings(t *testing.T) {
+	w := newWard(t)
+	p := w.admit(t, "none", "")
+	looked, tracer := make(chan struct{}), make(chan int)
+	untraced := make(chan error)
+	go func() {
+		runtime.LockOSThread() // a thread traces, not a process
+		defer runtime.UnlockOSThread()
+		err := unix.PtraceSeize(p.rec.PID)
+		tracer <- unix.Gettid()
+		<-looked
+		if err == nil { // detaching needs it stopped
+			err = unix.PtraceInterrupt(p.rec.PID)
+			_, werr := unix.Wait4(p.rec.PID, nil, unix.WALL, nil)
+			err = errors.Join(err, werr, unix.PtraceDetach(p.rec.PID))
+		}
+		untraced <- err
+	}()
+	who := <-tracer
+	wantFindings(t, config.EngineCRIU, levelFault, "tracer", fmt.Sprintf("traced by process %d", who), w.examine(t, config.EngineCRIU))
+	looked <- struct{}{}
+	try(t, <-untraced)
+	wantFindings(t, config.EngineCRIU, "", "", "", w.examine(t, config.EngineCRIU))
+
+	cmd := exec.Command("/bin/sleep", "1000") // in the test's own session
+	try(t, startIn(w.app.Process.Namespace, cmd))
+	defer func() { _, _ = cmd.Process.Kill(), cmd.Wait() }()
+	st, err := readStat(cmd.Process.Pid)
+	try(t, err)
+	w.a.setProcess("redis", &osProcess{rec: record{PID: st.pid, StartTime: st.start}})
+	got := w.examine(t, config.EngineCRIU)
+	wantFindings(t, config.EngineCRIU, levelFault, "session", "does not lead its session", got)
+	compareDump(t, &osProcess{rec: record{PID: st.pid}}, ailment{}, got)
+
+	// Another user's limits are the business of CAP_SYS_RESOURCE, which root may
+	// lack inside a container.
+	stranger := shellApp("exec sleep 1000")
+	stranger.Process.Namespace, stranger.Process.User, stranger.Process.WorkingDirectory = w.app.Process.Namespace, "nobody", "/"
+	other := startShell(t, w.launch, stranger)
+	w.a.setProcess("redis", other)
+	caps := [2]unix.CapUserData{}
+	try(t, unix.Capget(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &caps[0]))
+	level := levelFault
+	if caps[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+		level = ""
+	}
+	got = w.examine(t, config.EngineCRIU)
+	wantFindings(t, config.EngineCRIU, level, "privilege", "runs as another user", got)
+	compareDump(t, other, ailment{}, got)
+
+	w.a.setProcess("redis", p)
+	c, err := w.net.Node().Dial("tcp", "192.0.2.100:6379")
+	try(t, err)
+	defer c.Close()
+	for _, engine := range []string{config.EngineCRIU, config.EngineRestart} {
+		wantFindings(t, engine, levelWarning, "same-host", "1 connections are within this node", w.examine(t, engine))
+	}
+
+	w.app.Process.Namespace = w.net.Client().Path()
+	wantFindings(t, config.EngineRestart, levelFault, "namespace", "runs in another network namespace", w.examine(t, config.EngineRestart))
+}

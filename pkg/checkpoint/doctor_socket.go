@@ -2,8 +2,10 @@ package checkpoint
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -82,12 +84,12 @@ func (t *kin) endpoints() ([]endpoint, error) {
 				}
 			}
 			fd, err := unix.PidfdGetfd(pidfd, f.fd, 0)
-			if err == unix.EPERM {
-				_ = unix.Close(pidfd)
-				return out, fmt.Errorf("%s: %w", p, err)
+			if errors.Is(err, unix.EBADF) || errors.Is(err, unix.ESRCH) {
+				continue // it was closed
 			}
 			if err != nil {
-				continue // it was closed
+				_ = unix.Close(pidfd)
+				return out, fmt.Errorf("%s: %w", p, err)
 			}
 			e := ask(fd)
 			_ = unix.Close(fd)
@@ -253,7 +255,9 @@ func (d *diagnosis) connections(ctx context.Context, a *agent, listeners, all []
 	for _, k := range all {
 		// One whose both ends are the application's goes and comes as a whole.
 		whole := d.criu && pair[[2]netip.AddrPort{k.Local, k.Remote}] && pair[[2]netip.AddrPort{k.Remote, k.Local}]
-		if scope.sameHost(k) && k.State != sockdiag.TimeWait && !whole {
+		// Between two of its own addresses the other end is in the list, too.
+		counted := slices.Contains(here, k.Remote.String()+" "+k.Local.String())
+		if scope.sameHost(k) && k.State != sockdiag.TimeWait && !whole && !counted {
 			here = append(here, k.Local.String()+" "+k.Remote.String())
 		}
 	}

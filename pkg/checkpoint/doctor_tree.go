@@ -144,10 +144,14 @@ func (d *diagnosis) process(t *kin, p *patient) {
 	if p.tracer != 0 {
 		d.fault("tracer", fmt.Sprintf("%s is traced by process %d, and CRIU has to trace it itself", p, p.tracer), "end the debugger or strace")
 	}
+	if p.locked {
+		d.at(p.String(), "privilege", "runs as another user, and the agent lacks CAP_SYS_RESOURCE, without which CRIU cannot read its limits (prlimit(2))",
+			"give the agent that capability, or run the application as the agent's user")
+	}
 	for _, f := range p.files {
 		where := fmt.Sprintf("descriptor %d of %s", f.fd, p)
 		if f.info.locked {
-			d.fault("lock", where+" holds a lock on "+f.target, "let the program run without a lock file, or release the lock before the snapshot")
+			d.at(where, "lock", "holds a lock on "+f.target, "let the program run without a lock file, or release the lock before the snapshot")
 		}
 		if strings.HasPrefix(f.target, "anon_inode:") { // the kind of these differs from kernel to kernel
 			d.anonymous(t, p, f, where)
@@ -158,7 +162,7 @@ func (d *diagnosis) process(t *kin, p *patient) {
 			d.device(t, p, f, where)
 		case unix.S_IFBLK:
 			// files.c, dump_one_file: nothing takes it.
-			d.fault("device", where+" is the block device "+f.target, "let the program close it before the snapshot")
+			d.at(where, "device", "is the block device "+f.target, "let the program close it before the snapshot")
 		case unix.S_IFIFO:
 			d.pipe(t, f, where)
 		case unix.S_IFREG:
@@ -166,7 +170,7 @@ func (d *diagnosis) process(t *kin, p *patient) {
 		}
 	}
 	for _, m := range p.maps {
-		d.mapped(p, m)
+		d.mapped(t, p, m)
 	}
 }
 
@@ -200,7 +204,7 @@ func (d *diagnosis) device(t *kin, p *patient, f openFile, where string) {
 		if !t.has(func(o openFile) bool {
 			return o.info.tty == n && o.kind() == unix.S_IFCHR && unix.Major(o.rdev) == majorTTYAux
 		}) {
-			d.fault("terminal", where+" is the terminal "+f.target+", whose other end is outside of the application", remedy)
+			d.at(where, "terminal", "is the terminal "+f.target+", whose other end is outside of the application", remedy)
 		}
 		return
 	}
@@ -208,15 +212,15 @@ func (d *diagnosis) device(t *kin, p *patient, f openFile, where string) {
 	case major == majorTTYAux && minor == minorCtty:
 		// tty.c, tty_verify_ctty
 		if !t.has(func(o openFile) bool { _, ok := o.terminal(); return ok }) {
-			d.fault("terminal", where+" is "+f.target+", and the application holds no terminal itself", remedy)
+			d.at(where, "terminal", "is "+f.target+", and the application holds no terminal itself", remedy)
 		}
 	case major == majorMem, major == majorTTY, major == majorTTYAux, major == majorMisc && minor == minorAutofs:
 	case major == majorMisc && minor == minorTUN:
 		if p.namespaces["net"] == t.host["net"] {
-			d.fault("device", where+" is "+f.target+", a network device of the host", "run the application in a network namespace of its own")
+			d.at(where, "device", "is "+f.target+", a network device of the host", "run the application in a network namespace of its own")
 		}
 	default:
-		d.fault("device", fmt.Sprintf("%s is the device %s (%d:%d), which CRIU cannot dump", where, f.target, major, minor),
+		d.at(where, "device", fmt.Sprintf("is the device %s (%d:%d), which CRIU cannot dump", f.target, major, minor),
 			"let the program close it before the snapshot, or run without it")
 	}
 }
@@ -228,10 +232,10 @@ func (t *kin) has(f func(openFile) bool) bool {
 
 func (d *diagnosis) pipe(t *kin, f openFile, where string) {
 	if f.flags&unix.O_DIRECT != 0 && strings.HasPrefix(f.target, "pipe:") {
-		d.fault("pipe", where+" is a pipe in packet mode (O_DIRECT)", "let the program make its pipes without O_DIRECT")
+		d.at(where, "pipe", "is a pipe in packet mode (O_DIRECT)", "let the program make its pipes without O_DIRECT")
 	}
 	if who := t.outsider[f.target]; who != "" {
-		d.fault("pipe", fmt.Sprintf("%s is a pipe (%s) that %s holds, too: after a restore nobody is at that end", where, f.target, who),
+		d.at(where, "pipe", fmt.Sprintf("is a pipe (%s) that %s holds, too: after a restore nobody is at that end", f.target, who),
 			"redirect it to a file, or read from /dev/null; process.log_file does so for output")
 	}
 }
@@ -239,11 +243,11 @@ func (d *diagnosis) pipe(t *kin, f openFile, where string) {
 func (d *diagnosis) regular(p *patient, f openFile, where string) {
 	if kind := p.mounts.byID[f.mount]; kind == "" && !strings.HasPrefix(f.target, "/memfd:") {
 		if p.mounts.byID != nil && !strings.Contains(f.target, ":[") {
-			d.fault("file", where+" is "+f.target+" on a file system that is mounted nowhere (a POSIX message queue, for one)", "let the program close it before the snapshot")
+			d.at(where, "file", "is "+f.target+" on a file system that is mounted nowhere (a POSIX message queue, for one)", "let the program close it before the snapshot")
 		}
 	} else if strings.HasPrefix(kind, "nfs") && sillyName(f.target) {
 		// files-reg.c, check_path_remap: it would need --link-remap.
-		d.fault("deleted", where+" is "+f.target+", a deleted file on NFS", "let the program close files that it deletes, or keep them on a local disk")
+		d.at(where, "deleted", "is "+f.target+", a deleted file on NFS", "let the program close files that it deletes, or keep them on a local disk")
 	}
 	d.deleted(f.fileStat, f.target, where)
 }
@@ -263,28 +267,24 @@ func (d *diagnosis) deleted(s fileStat, target, where string) {
 	}
 	switch {
 	case s.links > 0:
-		d.fault("deleted", where+" is "+name+", whose name was deleted while it has another one", "restart the application, or give the file its name back")
+		d.at(where, "deleted", "is "+name+", whose name was deleted while it has another one", "restart the application, or give the file its name back")
 	case s.bytes > ghostLimit:
-		d.fault("deleted", fmt.Sprintf("%s is %s, which was deleted or replaced and takes %d bytes: CRIU keeps deleted files up to %d", where, name, s.bytes, ghostLimit),
+		d.at(where, "deleted", fmt.Sprintf("is %s, which was deleted or replaced and takes %d bytes: CRIU keeps deleted files up to %d", name, s.bytes, ghostLimit),
 			"restart the application after an upgrade; let it keep the names of large temporary files")
 	}
 }
 
-func (d *diagnosis) mapped(p *patient, m mapping) {
-	const ipc = "start it in an IPC namespace of its own (unshare --ipc)"
-	switch where := fmt.Sprintf("in the memory of %s", p); {
+func (d *diagnosis) mapped(t *kin, p *patient, m mapping) {
+	where := "the memory of " + p.String()
+	switch {
 	case strings.HasPrefix(m.path, "/SYSV"):
-		if p.namespaces["ipc"] == "" || p.namespaces["ipc"] == hostIPC() {
-			d.fault("shm", where+" is a System V shared memory segment ("+strings.TrimSuffix(m.path, deletedMark)+") of the host", ipc)
+		if p.namespaces["ipc"] == t.host["ipc"] {
+			d.at(where, "shm", "has a System V shared memory segment ("+strings.TrimSuffix(m.path, deletedMark)+") of the host",
+				"start it in an IPC namespace of its own, as root: unshare --ipc setpriv --reuid USER --regid GROUP --init-groups COMMAND")
 		}
 	case m.kind() == unix.S_IFREG && !strings.HasPrefix(m.path, "/dev/zero"):
-		d.deleted(m.fileStat, m.path, where)
+		d.deleted(m.fileStat, m.path, "a file in "+where)
 	}
-}
-
-func hostIPC() string {
-	target, _ := os.Readlink("/proc/self/ns/ipc")
-	return target
 }
 
 // kept are the anonymous files that CRIU knows (files.c, dump_one_file).
@@ -293,15 +293,15 @@ var kept = []string{"[eventfd]", "[eventpoll]", "inotify", "[fanotify]", "[signa
 func (d *diagnosis) anonymous(t *kin, p *patient, f openFile, where string) {
 	switch kind := strings.TrimPrefix(f.target, "anon_inode:"); {
 	case kind == "[io_uring]":
-		d.fault("io_uring", where+" is an io_uring, which CRIU cannot dump", "let the program run without io_uring")
+		d.at(where, "io_uring", "is an io_uring, which CRIU cannot dump", "let the program run without io_uring")
 	case !slices.Contains(kept, kind):
-		d.fault("descriptor", where+" is "+f.target+", which CRIU cannot dump", "let the program run without it, or close it before the snapshot")
+		d.at(where, "descriptor", "is "+f.target+", which CRIU cannot dump", "let the program run without it, or close it before the snapshot")
 	case kind == "[pidfd]" && f.info.pid > 0 && !t.inside[f.info.pid]:
-		d.fault("descriptor", fmt.Sprintf("%s stands for process %d, which is outside of the application", where, f.info.pid), "let the program close it before the snapshot")
+		d.at(where, "descriptor", fmt.Sprintf("stands for process %d, which is outside of the application", f.info.pid), "let the program close it before the snapshot")
 	case kind == "inotify":
 		for _, dev := range f.info.watches {
 			if fs := p.mounts.byDevice[dev]; fs == "proc" || fs == "sysfs" {
-				d.fault("inotify", where+" watches a file of "+fs+", which CRIU cannot find again", "let the program watch ordinary files only")
+				d.at(where, "inotify", "watches a file of "+fs+", which CRIU cannot find again", "let the program watch ordinary files only")
 				break
 			}
 		}
