@@ -35,11 +35,23 @@ var doctorCRIU = flag.String("doctor-criu", "", "dump each process of the doctor
 // patientEnv makes the test binary play a program with the ailment of that name.
 const patientEnv = "CHECKPOINT_TEST_PATIENT"
 
+// tracing is a program that traces the outside process. It is not the test,
+// whose waits for its children would take their stops for their ends.
+const tracing = "tracing"
+
 func init() {
 	if name := os.Getenv(patientEnv); name != "" {
-		kept, err := ailments[name].play()
+		play := ailments[name].play
+		if name == tracing {
+			play = func() (any, error) {
+				runtime.LockOSThread()
+				pid, err := strconv.Atoi(outside())
+				return nil, errors.Join(err, unix.PtraceSeize(pid))
+			}
+		}
+		kept, err := play()
 		if err == nil {
-			err = os.WriteFile("ready", nil, 0o644)
+			err = os.Mkdir("ready", 0o755) // a file would be open for a moment
 		}
 		if err != nil {
 			fmt.Fprintln(os.Stderr, name, err)
@@ -393,25 +405,20 @@ func compareDump(t *testing.T, p *osProcess, ill ailment, got []*pb.Finding) {
 func TestDoctorSurroundings(t *testing.T) {
 	w := newWard(t)
 	p := w.admit(t, "none", "")
-	looked, tracer := make(chan struct{}), make(chan int)
-	untraced := make(chan error)
-	go func() {
-		runtime.LockOSThread() // a thread traces, not a process
-		defer runtime.UnlockOSThread()
-		err := unix.PtraceSeize(p.rec.PID)
-		tracer <- unix.Gettid()
-		<-looked
-		if err == nil { // detaching needs it stopped
-			err = unix.PtraceInterrupt(p.rec.PID)
-			_, werr := unix.Wait4(p.rec.PID, nil, unix.WALL, nil)
-			err = errors.Join(err, werr, unix.PtraceDetach(p.rec.PID))
-		}
-		untraced <- err
-	}()
-	who := <-tracer
-	wantFindings(t, config.EngineCRIU, levelFault, "tracer", fmt.Sprintf("traced by process %d", who), w.examine(t, config.EngineCRIU))
-	looked <- struct{}{}
-	try(t, <-untraced)
+	self, err := os.Executable()
+	try(t, err)
+	tracer := exec.Command(self)
+	tracer.Dir = t.TempDir()
+	tracer.Env = append(os.Environ(), patientEnv+"="+tracing, patientEnv+"_OUTSIDE="+strconv.Itoa(p.rec.PID))
+	try(t, tracer.Start())
+	defer func() { _, _ = tracer.Process.Kill(), tracer.Wait() }()
+	within(t, "it is traced", func() bool {
+		_, err := os.Stat(filepath.Join(tracer.Dir, "ready"))
+		return err == nil
+	})
+	wantFindings(t, config.EngineCRIU, levelFault, "tracer", "is traced by process", w.examine(t, config.EngineCRIU))
+	try(t, tracer.Process.Kill())
+	_ = tracer.Wait() // killed, and with it the trace is gone
 	wantFindings(t, config.EngineCRIU, "", "", "", w.examine(t, config.EngineCRIU))
 
 	cmd := exec.Command("/bin/sleep", "1000") // in the test's own session
