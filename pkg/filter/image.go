@@ -109,17 +109,19 @@ func (e *Engine) sealImage(now Time, b *Seal, a *app, fx *Effects) (any, error) 
 		c.image = false
 	}
 	var lacking []string
+	differs := map[ConnID]bool{}
 	for i := range b.Image {
 		k := &b.Image[i]
 		if !a.wants(k.ID) || e.byVIP[k.ID.Local.Addr()] != a {
 			continue
 		}
 		if why := e.imaged(now, a, k, fx); why != "" {
+			differs[k.ID] = true
 			lacking = append(lacking, fmt.Sprintf("%v %v: %s", k.ID.Local, k.ID.Remote, why))
 		}
 	}
 	for _, c := range a.conns {
-		if why := c.notImaged(); why != "" {
+		if why := c.notImaged(); why != "" && !differs[c.socketID()] {
 			lacking = append(lacking, fmt.Sprintf("%v %v: %s", c.id.Local, c.id.Remote, why))
 		}
 	}
@@ -326,7 +328,9 @@ func (c *conn) back() {
 // let through.
 func (e *Engine) clock(c *conn, fx *Effects) {
 	out := c.ep.SndNxt.Size(c.imgSnd)
-	c.floored, c.floor = out != c.tr.Out && c.imgUna != c.imgSnd, c.imgSnd
+	if out != c.tr.Out && c.imgUna != c.imgSnd {
+		c.floored, c.floor = true, c.imgSnd
+	}
 	c.tr.Out, c.tr.In = out, c.base().Size(c.imgRcv)
 	c.handshakeEnd()
 	if c.state == appstate.Rst || c.clocked == c.hsISN && c.wasClocked {
@@ -362,7 +366,7 @@ func (e *Engine) openImage(now Time, c *conn, fx *Effects) {
 	c.frozen, c.sealed, c.confirmed, c.localGone, c.inKnown = false, false, false, false, false
 	c.fwd, c.asks, c.image, c.opened, c.wasClocked = false, 0, false, now, false
 	c.shut = c.ep.Closed || c.reloaded
-	c.ep.Closed, c.ep.Behind, c.reloaded = false, false, false
+	c.ep.Closed, c.reloaded = false, false
 	c.answered()
 	c.edge = rewrite.Edge{Right: c.ep.Edge, Known: true}
 	if c.state == appstate.Rst {
@@ -382,7 +386,7 @@ func (e *Engine) openImage(now Time, c *conn, fx *Effects) {
 	}
 	e.handImage(now, c, hands, fx)
 	e.sayKept(now, c, fx)
-	c.half = false
+	c.half, c.ep.Behind = false, false
 	if !c.translated { // bulk passes unseen from now on
 		c.learned, c.rcvKnown = false, false
 	}

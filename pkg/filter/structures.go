@@ -12,7 +12,7 @@ import (
 
 // StructuresVersion is that of the structures that filters hand over. A filter
 // takes only its own: a field that it does not know may be one that matters.
-const StructuresVersion = 1
+const StructuresVersion = 2
 
 // Structures are everything that the filter of another node needs to speak for an
 // application that is held: what a filter that starts anew takes up, and besides what

@@ -52,7 +52,9 @@ import (
 //	                                         SNAPSHOTFREEZE pass-closes, abort-on-data and a boundary,
 //	                                         spool=N, wake=full, heartbeat=MATCH>REPLY,
 //	                                         beat=SEND@INTERVAL, beat-closed=SEND@INTERVAL;
-//	                                         RESTORECONN NAME... [activate],
+//	                                         SNAPSHOTSTART silent, SNAPSHOTFREEZE silent,
+//	                                         SEAL image [NAME:WORD,...]..., see imageWord; -NAME: not in it,
+//	                                         RESTORECONN NAME... [activate|image],
 //	                                         HANDOVER NODE [ID], HANDBACK NODE, RELEASE [NODE|--force],
 //	                                         YIELD and UNYIELD (of RESTOREABORT), STATUS,
 //	                                         RESTORESTART ID from NODE [alone]: with what was handed
@@ -442,6 +444,7 @@ func (w *World) requestLine(f []string) error {
 	switch f[0] {
 	case "SNAPSHOTSTART":
 		r := &filter.SnapshotStart{App: app, Listen: []uint16{6379}, LeaveOut: arg(1) == "leave-out"}
+		r.Silent = arg(1) == "silent"
 		if arg(1) == "line" || arg(1) == "resp" {
 			r.Boundary = arg(1)
 		}
@@ -476,15 +479,22 @@ func (w *World) requestLine(f []string) error {
 		}
 		w.request(r)
 	case "SEAL":
-		w.request(&filter.Seal{App: app})
+		r := &filter.Seal{App: app}
+		if arg(1) == "image" {
+			var err error
+			if r.Image, err = w.image(f[2:]); err != nil {
+				return err
+			}
+		}
+		w.request(r)
 	case "SNAPSHOTDONE":
 		w.request(&filter.SnapshotDone{App: app, ID: arg(1), Force: arg(2) == "--force"})
 	case "SNAPSHOTABORT":
 		w.request(&filter.SnapshotAbort{App: app})
 	case "RESTORECONN":
 		r := &filter.RestoreConn{App: app, Kind: "syn"}
-		if f[len(f)-1] == "activate" {
-			r.Kind = "activate"
+		if k := f[len(f)-1]; k == "activate" || k == "image" {
+			r.Kind = k
 		}
 		for _, n := range f[1:] {
 			if l := w.links[n]; l != nil {

@@ -24,6 +24,9 @@ func freezeWord(r *filter.SnapshotFreeze, word string) error {
 	case word == "abort-on-data":
 		r.AbortOnData = true
 		return nil
+	case word == "silent":
+		r.Silent = true
+		return nil
 	case !ok:
 		r.Boundary = word
 		return nil
