@@ -51,8 +51,8 @@ func (r Run) options() *rpc.CriuOpts {
 		TcpEstablished: ptr(true), TcpSkipInFlight: ptr(true), // what waits to be accepted is not the process's yet
 		NetworkLock:       rpc.CriuNetworkLockMethod_SKIP.Enum(),
 		ManageCgroupsMode: rpc.CriuCgMode_IGNORE.Enum(), ManageCgroups: ptr(true),
-		FileLocks: ptr(true), LinkRemap: ptr(true),
-		LogLevel: ptr[int32](4), LogFile: ptr(r.Log),
+		FileLocks: ptr(true),
+		LogLevel:  ptr[int32](4), LogFile: ptr(r.Log),
 	}
 }
 

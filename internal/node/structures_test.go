@@ -42,7 +42,7 @@ func TestStructuresVersion(t *testing.T) {
 	e := filter.New(filter.Config{})
 	var fx filter.Effects
 	e.Step(1, filter.Event{Request: &filter.Request{Body: &filter.RestoreStart{App: "a", OldNode: "b", Given: st}}}, &fx)
-	if err := fx.Replies[0].Err; err == nil || !errors.Is(err, filter.ErrStructures) || !strings.Contains(err.Error(), "of version 99, this filter takes version 1; run the same version") {
+	if err := fx.Replies[0].Err; err == nil || !errors.Is(err, filter.ErrStructures) || !strings.Contains(err.Error(), "of version 99, this filter takes version 2; run the same version") {
 		t.Error(err)
 	}
 }

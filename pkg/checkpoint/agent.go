@@ -11,10 +11,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
 
 	"github.com/nfconnfilter/nfconnfilter/internal/restorereq"
 	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
@@ -140,6 +142,7 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
+	closeOnExec()
 	launch := &osLauncher{stateDir: cfg.Node.StateDir, log: o.Logger, hooks: kernelHooks{}}
 	filter := control.Dial(cfg.Node.ControlSocket, connect.WithInterceptors(patience(filterPatience)))
 	defer filter.Close()
@@ -155,6 +158,18 @@ func Run(ctx context.Context, o Options) error {
 		a.log.Error("application disabled", "fault", f.Error())
 	}
 	return a.serve(ctx)
+}
+
+// closeOnExec keeps what stood open where the agent was started from the applications
+// that it starts: an image of them could not be made.
+func closeOnExec() {
+	const first = 3
+	names, _ := os.ReadDir("/proc/self/fd")
+	for _, n := range names {
+		if fd, err := strconv.Atoi(n.Name()); err == nil && fd >= first {
+			unix.CloseOnExec(fd)
+		}
+	}
 }
 
 func newAgent(root context.Context, o Options, cfg *config.Config, filter nfconnfilterv1connect.FilterClient) *agent {

@@ -152,7 +152,7 @@ func TestDoctorDescriptors(t *testing.T) {
 		"another process":          {[]openFile{{target: "anon_inode:[pidfd]", info: fdInfo{pid: 9}}}, "fault descriptor"},
 		"watches files":            {[]openFile{{target: "anon_inode:inotify", info: fdInfo{watches: []string{"8:1"}}}}, ""},
 		"watches sysfs":            {[]openFile{{target: "anon_inode:inotify", info: fdInfo{watches: []string{"8:1", "0:22"}}}}, "fault inotify"},
-		"a lock":                   {[]openFile{{target: "/a", info: fdInfo{locked: true}}}, "fault lock"},
+		"a lock":                   {[]openFile{{target: "/a", info: fdInfo{locked: true}}}, "warning lock"},
 	} {
 		p := person(10, 1, 10)
 		p.files = c.files

@@ -13,9 +13,9 @@ import (
 )
 
 // Judgements on processes and their files. Each was seen with CRIU 4.2.1, or
-// says in a comment where its source has it. The engine gives it no option for
-// file locks, deleted files that have other names (--link-remap), or Unix
-// sockets to the outside (--ext-unix-sk).
+// says in a comment where its source has it. The engine gives it the
+// option for file locks, and none for deleted files that have other names
+// (--link-remap) or Unix sockets to the outside (--ext-unix-sk).
 
 // ghostLimit is up to which size CRIU keeps a deleted file that is open
 // (files-reg.c, dump_ghost_remap; --ghost-limit).
@@ -151,7 +151,7 @@ func (d *diagnosis) process(t *kin, p *patient) {
 	for _, f := range p.files {
 		where := fmt.Sprintf("descriptor %d of %s", f.fd, p)
 		if f.info.locked {
-			d.at(where, "lock", "holds a lock on "+f.target, "let the program run without a lock file, or release the lock before the snapshot")
+			d.add(levelWarning, "lock", where+" holds a lock on "+f.target, "it is taken again at the restore: let nothing else lock the file while the application is away")
 		}
 		if strings.HasPrefix(f.target, "anon_inode:") { // the kind of these differs from kernel to kernel
 			d.anonymous(t, p, f, where)
