@@ -142,7 +142,7 @@ func streams(dir string, inos []uint32, out []Socket) error {
 	for w := range n {
 		wg.Go(func() {
 			for i := w; i < len(out) && errs[w] == nil; i += n {
-				errs[w] = stream(filepath.Join(dir, fmt.Sprintf("tcp-stream-%x.img", inos[i])), &out[i])
+				errs[w] = readStream(filepath.Join(dir, fmt.Sprintf("tcp-stream-%x.img", inos[i])), &out[i])
 			}
 		})
 	}
@@ -150,8 +150,8 @@ func streams(dir string, inos []uint32, out []Socket) error {
 	return errors.Join(errs...)
 }
 
-// stream reads the numbers of s. Its queues stand behind the entry.
-func stream(path string, s *Socket) error {
+// readStream reads the numbers of s. Its queues stand behind the entry.
+func readStream(path string, s *Socket) error {
 	var t tcp_stream.TcpStreamEntry
 	err := errNone
 	read := func(b []byte) error {
