@@ -136,7 +136,7 @@ application; 3 daemon not reachable; 4 --timeout passed.`,
 	root.AddCommand(
 		c.startCommand(), c.stopCommand(), c.statusCommand(), c.connsCommand(),
 		c.snapshotCommand(), c.snapshotsCommand(), c.restoreCommand(), c.migrateCommand(), c.abortCommand(), c.releaseCommand(),
-		c.waitCommand(), c.doctorCommand(), c.ioctlCommand(), c.agentCommand(), c.schedulerCommand(), c.certsCommand(),
+		c.waitCommand(), c.doctorCommand(), c.criuActionCommand(), c.ioctlCommand(), c.agentCommand(), c.schedulerCommand(), c.certsCommand(),
 	)
 	root.SetHelpCommand(helpCommand(root))
 	// Otherwise they are taken for flags with a value while the command is

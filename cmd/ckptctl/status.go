@@ -45,6 +45,7 @@ counts packets by what became of them, in the words of docs/operating.md.`,
 				if c.output == "json" {
 					return writeJSON(c.out, s)
 				}
+				c.printAwaited(ctx, r.Msg.Apps)
 				for _, l := range s.Limits {
 					if l.Used*10 >= l.Max*9 {
 						fmt.Fprintf(c.err, "limit %s: %d of %d are used; see [limits] in the node's file\n", l.Name, l.Used, l.Max)
@@ -53,5 +54,28 @@ counts packets by what became of them, in the words of docs/operating.md.`,
 				return writeTable(c.out, "APP VIP STATE SNAPSHOT RESTORE-REQUESTED CONNECTIONS BYTES-IN BYTES-OUT KEPT-BYTES PENDING-SYNS", s.rows())
 			})
 		}),
+	}
+}
+
+// printAwaited tells for which applications remotes wait that only a person can bring
+// back. An agent that is not there has nothing to say.
+func (c *cli) printAwaited(ctx context.Context, apps []*nfconnfilterv1.AppStatus) {
+	var client *control.AgentClient
+	for _, a := range apps {
+		if !a.RestoreRequested {
+			continue
+		}
+		if client == nil {
+			path, err := c.agentSocketPath()
+			if err != nil {
+				return
+			}
+			client = control.DialAgent(path)
+			defer client.Close()
+		}
+		r, err := client.Progress(ctx, connect.NewRequest(&nfconnfilterv1.AgentProgressRequest{App: a.Name}))
+		if err == nil && r.Msg.Operation == "" && r.Msg.Detail != "" {
+			fmt.Fprintf(c.err, "%s is waited for: %s\n", a.Name, r.Msg.Detail)
+		}
 	}
 }

@@ -203,13 +203,15 @@ var (
 
 // entries calls f for each entry of an image: two magic numbers, then each entry behind
 // its length (criu/image.c). f ends it with errEnough.
-func entries(path string, f func([]byte) error) error {
+func entries(path string, f func([]byte) error) error { return entriesAt(path, 8, f) }
+
+// entriesAt is entries of an image that begins with so many octets of magic numbers.
+func entriesAt(path string, magics int64, f func([]byte) error) error {
 	file, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer file.Close()
-	const magics = 8
 	var head [4]byte
 	if _, err := file.Seek(magics, io.SeekStart); err != nil {
 		return err

@@ -18,10 +18,13 @@ import (
 
 // Actions at which CRIU tells how far it is (criu(8), --action-script).
 const (
-	PreDump     = "pre-dump"     // nothing is stopped yet
-	PostDump    = "post-dump"    // the images are whole, the tasks stand still; an error lets them run on
-	PostRestore = "post-restore" // the tasks and sockets are there, in repair mode; an error ends them
-	PreResume   = "pre-resume"   // the sockets work, the tasks stand still; CRIU goes on whatever is answered
+	PreDump     = "pre-dump"       // nothing is stopped yet
+	NetLock     = "network-lock"   // the tasks stand still; called where they have a network namespace of their own
+	PostDump    = "post-dump"      // the images are whole, the tasks stand still; an error lets them run on
+	NetUnlock   = "network-unlock" // as NetLock, of a dump: they run on; of a restore: the sockets work soon
+	PreRestore  = "pre-restore"    // nothing is there yet; an error ends it
+	PostRestore = "post-restore"   // the tasks and sockets are there, in repair mode; an error ends them
+	PreResume   = "pre-resume"     // the sockets work, the tasks stand still; CRIU goes on whatever is answered
 )
 
 // Run is one run of CRIU.

@@ -35,6 +35,7 @@ const (
 	opAbort    = "abort"
 	opRecover  = "recover"
 	opMigrate  = "migrate"
+	opCriu     = "criu" // of a CRIU that somebody else has started
 )
 
 // DefaultRestoreListen is where restore requests of the filter arrive on a
@@ -97,6 +98,7 @@ type agent struct {
 	sysctl      func(namespace, name string) string // a value below /proc/sys, "" where it cannot be read
 	launch      launcher
 	images      imager
+	foreign     foreignCRIU
 	peers       *control.Peers // the way to the other nodes
 	store       store
 	intents     intents
@@ -118,6 +120,10 @@ type agent struct {
 	ops    map[string]*operation
 	wanted map[string]bool // restore requests that came during another operation
 	procs  map[string]process
+	// actions are operations of a CRIU that somebody else has started.
+	actions  map[string]*actionRun
+	takingUp map[string]bool   // these of an earlier agent
+	awaited  map[string]string // applications that only the caller of CRIU can bring back, and why
 	// returning: their migration failed, and they are being restored here.
 	returning map[string]bool
 	prepared  map[string]prepared
@@ -148,7 +154,8 @@ func Run(ctx context.Context, o Options) error {
 	defer filter.Close()
 	a := newAgent(ctx, o, cfg, filter)
 	a.launch, a.addrs = launch, osAddresses{log: o.Logger}
-	a.images = osImager{launch, func() string { return a.config().Node.CRIU.Command }}
+	criu := osImager{launch, func() string { return a.config().Node.CRIU.Command }}
+	a.images, a.foreign = criu, criu
 	a.openSockets = openSockets
 	if a.peers, err = control.NewPeers(control.ClusterPeers(a.config)); err != nil {
 		return err
@@ -186,7 +193,7 @@ func newAgent(root context.Context, o Options, cfg *config.Config, filter nfconn
 		readApp: func(name string) (*config.App, error) { return config.LoadApp(o.SharedDir, o.NodeFile, name) },
 		o:       o, log: o.Logger, filter: filter, cfg: cfg, root: root,
 		store: store{filepath.Join(o.SharedDir, "snapshots")}, intents: intents{cfg.Node.StateDir},
-		ops: map[string]*operation{}, wanted: map[string]bool{}, procs: map[string]process{},
+		ops: map[string]*operation{}, wanted: map[string]bool{}, procs: map[string]process{}, actions: map[string]*actionRun{}, takingUp: map[string]bool{}, awaited: map[string]string{},
 		owed: owed{cfg.Node.StateDir, &sync.Mutex{}}, returning: map[string]bool{}, prepared: map[string]prepared{},
 		idle: &idleMeters{all: map[string]*idleMeter{}, now: time.Now},
 	}

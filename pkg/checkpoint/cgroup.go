@@ -40,6 +40,23 @@ func cgroup2Mount() string {
 	return ""
 }
 
+// ownCgroup gives the cgroup of a process where that is one of the application's: CRIU
+// puts back what it restores. "": it is none.
+func ownCgroup(app string, pid int) cgroup {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
+	root := cgroup2Mount()
+	if err != nil || root == "" {
+		return ""
+	}
+	for line := range strings.Lines(string(b)) {
+		path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::") // cgroup v2 (cgroups(7))
+		if ok && filepath.Dir(path) == "/"+cgroupParent && strings.HasPrefix(filepath.Base(path), app+".") {
+			return cgroup(filepath.Join(root, path))
+		}
+	}
+	return ""
+}
+
 // newCgroup makes an empty cgroup that can freeze.
 func newCgroup(app, suffix string) (cgroup, error) {
 	root := cgroup2Mount()

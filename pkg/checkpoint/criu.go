@@ -46,8 +46,8 @@ func (r *snapshotRun) runImage() (*pb.AgentSnapshotReply, error) {
 	r.a.wg.Go(func() { announced <- r.announce() })
 	r.announced = sync.OnceValue(func() error { return <-announced })
 	err := r.a.images.dump(r.op.ctx, r.app, r.proc, imageRun{
-		images: filepath.Join(r.pending.dir(), imagesDir), work: r.pending.dir(), log: dumpLog, parent: r.parent,
-		began:  func(st procStat) error { r.criu = st; return r.intendImage(false) },
+		images: r.imagesAt(), work: r.pending.dir(), log: dumpLog, parent: r.parent,
+		began:  func(st procStat) error { r.criu = criuRef{st.pid, st.start}; return r.intendImage(false) },
 		notify: r.dumping,
 	})
 	err = errors.Join(err, r.announced()) // or it would begin behind the end
@@ -74,7 +74,16 @@ func (r *snapshotRun) withLog(err error) error {
 // intendImage records how far the dump is: an agent that takes over looks at the
 // process that writes it first.
 func (r *snapshotRun) intendImage(sealed bool) error {
-	return r.a.intend(r.op, intent{Sealed: sealed, SnapshotID: r.id, Force: r.force, Temp: r.pending.temp, CRIU: r.criu.pid, CRIUStart: r.criu.start})
+	in := intent{Sealed: sealed, SnapshotID: r.id, Force: r.force, CRIU: r.criu.pid, CRIUStart: r.criu.start, Images: r.callers}
+	if r.callers == "" {
+		in.Temp = r.pending.temp
+	}
+	return r.a.intend(r.op, in)
+}
+
+// imagesAt is where the images are.
+func (r *snapshotRun) imagesAt() string {
+	return cmp.Or(r.read, r.callers, filepath.Join(r.pending.dir(), imagesDir))
 }
 
 // prepareImage makes the place of the snapshot.
@@ -159,7 +168,7 @@ func (r *snapshotRun) accepted() error {
 // goes forward.
 func (r *snapshotRun) sealImage() error {
 	r.op.enter("compare")
-	socks, err := r.a.images.sockets(filepath.Join(r.pending.dir(), imagesDir))
+	socks, err := r.a.images.sockets(r.imagesAt())
 	if err != nil {
 		return fmt.Errorf("the images: %w", err)
 	}
@@ -203,6 +212,9 @@ func (r *snapshotRun) imageMessage(k *criu.Socket) *pb.ImageSocket {
 // image finds out whether what is restored has images, and begins to look whether they
 // are whole.
 func (r *restoreRun) image() error {
+	if err := r.a.callersImages(r.app.Name, r.id); err != nil {
+		return err
+	}
 	m, err := r.a.store.imagesOf(r.app.Name, r.id)
 	if err != nil || m == nil {
 		return err
@@ -307,17 +319,25 @@ func (r *restoreRun) socketsBack() error {
 // engine names what a snapshot of the application is taken with.
 func engine(app *config.App) string { return cmp.Or(app.Checkpoint.Engine, config.EngineRestart) }
 
-// sealAgain repeats, for an agent that died behind the seal, what the images tell.
-func (r *snapshotRun) sealAgain() error {
+// scoped finds which connections are the application's, where nobody has done so before.
+func (r *snapshotRun) scoped() error {
+	if r.scope != nil {
+		return nil
+	}
 	var ls []sockdiag.Socket
+	var err error
 	if r.socks != nil {
-		var err error
 		if ls, err = r.socks.Listeners(r.app.VIPs, nil); err != nil {
 			return err
 		}
 	}
-	var err error
-	if r.scope, err = r.a.newScope(r.op.ctx, r.app, ls); err != nil {
+	r.scope, err = r.a.newScope(r.op.ctx, r.app, ls)
+	return err
+}
+
+// sealAgain repeats, for an agent that died behind the seal, what the images tell.
+func (r *snapshotRun) sealAgain() error {
+	if err := r.scoped(); err != nil {
 		return err
 	}
 	return r.sealImage()

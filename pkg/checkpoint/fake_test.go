@@ -413,7 +413,20 @@ func (l fakeLauncher) find(*config.App) (process, error) {
 	return nil, nil
 }
 
+func (l fakeLauncher) adopt(*config.App, int) (process, error) {
+	if err := l.w.do("adopt"); err != nil {
+		return nil, err
+	}
+	l.w.mu.Lock()
+	defer l.w.mu.Unlock()
+	l.w.running, l.w.listening = true, true
+	return fakeProcess(l), nil
+}
+
 func (l fakeLauncher) logPath(*config.App) string { return "/log" }
+
+// fakePID is the number of its process.
+const fakePID = 1234
 
 type fakeProcess struct{ w *world }
 
@@ -427,6 +440,14 @@ func (p fakeProcess) within(string) error {
 	p.w.mu.Lock()
 	defer p.w.mu.Unlock()
 	return p.w.fail["elsewhere"]
+}
+
+func (p fakeProcess) has(pid int) bool { return pid == fakePID && p.alive() }
+
+func (p fakeProcess) rootedIn(int) error {
+	p.w.mu.Lock()
+	defer p.w.mu.Unlock()
+	return p.w.fail["rooted"]
 }
 
 func (p fakeProcess) describe() string { return "process 1234" }

@@ -253,9 +253,8 @@ func (s store) checkImages(m *Manifest) error {
 	return nil
 }
 
-// imagesOf gives the manifest of an application's snapshot where that is one of images;
-// nil where it is not.
-func (s store) imagesOf(app, id string) (*Manifest, error) {
+// manifestOf gives the manifest of an application's snapshot; nil: it is not stored.
+func (s store) manifestOf(app, id string) (*Manifest, error) {
 	if !validSnapshotID(id) {
 		return nil, nil // of SNAPSHOTDONE by hand
 	}
@@ -263,7 +262,22 @@ func (s store) imagesOf(app, id string) (*Manifest, error) {
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
-	if err != nil || !m.images() {
+	return m, err
+}
+
+// imagesOf gives it where the snapshot is one of images; else nil.
+func (s store) imagesOf(app, id string) (*Manifest, error) {
+	m, err := s.manifestOf(app, id)
+	if err != nil || m == nil || !m.images() {
+		return nil, err
+	}
+	return m, nil
+}
+
+// callersOf gives it where somebody else had CRIU write the images; else nil.
+func (s store) callersOf(app, id string) (*Manifest, error) {
+	m, err := s.manifestOf(app, id)
+	if err != nil || m == nil || m.Images == "" {
 		return nil, err
 	}
 	return m, nil

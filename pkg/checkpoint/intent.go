@@ -32,9 +32,14 @@ type intent struct {
 	ToNode string `json:"to_node,omitempty"`
 	// Temp is where the images of the snapshot are written, CRIU the number of the
 	// process that writes them.
-	Temp      string `json:"temp,omitempty"`
-	CRIU      int    `json:"criu,omitempty"`
-	CRIUStart uint64 `json:"criu_start,omitempty"` // as in record
+	Temp string `json:"temp,omitempty"`
+	CRIU int    `json:"criu,omitempty"`
+	// Images is the directory of a CRIU that somebody else has started, which began at
+	// CRIUStart (proc_pid_stat(5), field 22).
+	Images    string `json:"images,omitempty"`
+	CRIUStart uint64 `json:"criu_start,omitempty"`
+	// Back: what it restores is there, with its sockets.
+	Back bool `json:"back,omitempty"`
 }
 
 // intents keeps them.

@@ -34,6 +34,8 @@ type launcher interface {
 	// find gives the process that an earlier agent started or adopted, or
 	// that pid_file names; nil when none runs.
 	find(app *config.App) (process, error)
+	// adopt takes a process that somebody else has made for the application's.
+	adopt(app *config.App, pid int) (process, error)
 	// hook has the connections that a running process opens from now on follow
 	// process.bind_vip; start has done that before the process begins.
 	hook(app *config.App, p process) error
@@ -332,8 +334,21 @@ func (l *osLauncher) find(app *config.App) (process, error) {
 		l.log.Warn("the process that pid_file names is not taken for the application", "app", app.Name, "why", why)
 		return nil, nil
 	}
-	r := record{App: app.Name, PID: pid, StartTime: st.start, BootID: bootID(),
-		OwnSession: st.sid == pid, OwnGroup: st.pgid == pid, Adopted: true}
+	return l.take(app, st, "")
+}
+
+func (l *osLauncher) adopt(app *config.App, pid int) (process, error) {
+	st, err := readStat(pid)
+	if err != nil {
+		return nil, fmt.Errorf("process %d: %w", pid, err)
+	}
+	return l.take(app, st, ownCgroup(app.Name, pid))
+}
+
+// take writes a process down that the agent has not started.
+func (l *osLauncher) take(app *config.App, st procStat, group cgroup) (process, error) {
+	r := record{App: app.Name, PID: st.pid, StartTime: st.start, BootID: bootID(),
+		OwnSession: st.sid == st.pid, OwnGroup: st.pgid == st.pid, Adopted: true, Cgroup: string(group)}
 	if err := saveRecord(l.stateDir, r); err != nil {
 		return nil, fmt.Errorf("record of %s: %w", app.Name, err)
 	}

@@ -135,6 +135,11 @@ func (a *agent) migrateOnce(ctx context.Context, app *config.App, m *pb.AgentMig
 	default:
 		return nil, false, refused(opMigrate, app.Name, st.State, "it is allowed in CONNECTED, RESTORED and SNAPSHOTDONE")
 	}
+	if !op.ran {
+		if err := a.callersImages(app.Name, st.SnapshotId); err != nil {
+			return nil, false, failed(opMigrate, app.Name, st.State, err)
+		}
+	}
 	target, done, err := a.dialAgent(m.ToNode)
 	if err != nil {
 		return nil, false, failed(opMigrate, app.Name, st.State, noted(err, "; nothing was changed"))

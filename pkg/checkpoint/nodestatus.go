@@ -16,6 +16,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
+	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
 
@@ -51,6 +52,11 @@ func (a *agent) NodeStatus(ctx context.Context, _ *connect.Request[pb.AgentNodeS
 			n.Connections += c
 		}
 		n.Fault = a.runFault(cfg, name)
+		if s.State == control.StateSnapshotDone && n.Fault == "" {
+			if err := a.callersImages(name, s.SnapshotId); err != nil {
+				n.Fault = err.Error()
+			}
+		}
 		n.MayRun = n.Fault == ""
 		a.mu.Lock()
 		if o := a.ops[name]; o != nil {

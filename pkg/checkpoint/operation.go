@@ -237,6 +237,9 @@ func (a *agent) finish(o *operation, err error) {
 	a.mu.Lock()
 	o.result = err
 	delete(a.ops, o.app)
+	if err == nil && !o.quiet { // it stands elsewhere now
+		delete(a.awaited, o.app)
+	}
 	wanted := a.wanted[o.app] && a.root.Err() == nil
 	delete(a.wanted, o.app)
 	a.mu.Unlock()

@@ -19,6 +19,10 @@ type process interface {
 	// within fails with errElsewhere where all of it runs in another network
 	// namespace ("": the agent's): its sockets are not to be found in this one.
 	within(namespace string) error
+	// has tells whether a process with this number is one of them.
+	has(pid int) bool
+	// rootedIn fails where not all of them descend from the process with this number.
+	rootedIn(pid int) error
 	// describe names it for logs and errors.
 	describe() string
 	// freeze stops all its processes; on an error none is left stopped.

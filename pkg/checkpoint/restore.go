@@ -79,6 +79,9 @@ func (a *agent) restoreHeld(op *operation, app *config.App, st *pb.AppStatus, id
 	default:
 		return nil, refused(opRestore, name, st.State, "it is allowed in SNAPSHOTDONE")
 	}
+	if err := a.callersImages(name, st.SnapshotId); err != nil {
+		return nil, failed(opRestore, name, st.State, err)
+	}
 	s, err := a.openSockets(app.Process.Namespace)
 	if err != nil {
 		return nil, failed(opRestore, name, st.State, err)
@@ -257,6 +260,15 @@ func (a *agent) destroyOld(socks sockets, app *config.App, held map[string]bool)
 		return len(old), fmt.Errorf("old sockets: %w", err)
 	}
 	return len(old), nil
+}
+
+// activateAll is clear where no old socket can be.
+func (r *restoreRun) activateAll() error {
+	info, err := r.a.connInfo(r.op.ctx, r.app.Name)
+	if err != nil {
+		return err
+	}
+	return r.activate(info)
 }
 
 // activate marks connections that local had opened: the application opens them
@@ -484,7 +496,13 @@ func (a *agent) requested(vip netip.Addr) error {
 // was wanted. Called while the agent is known to run.
 func (a *agent) restoreSoon(name string) {
 	a.wg.Go(func() {
-		_, err := a.restore(a.root, name, "")
+		why := a.awaitsCaller(a.root, name)
+		var err error
+		if why == nil {
+			_, err = a.restore(a.root, name, "")
+		} else {
+			a.sayAwaited(name, why)
+		}
 		a.mu.Lock()
 		if a.ops[name] == nil {
 			delete(a.wanted, name)

@@ -130,6 +130,10 @@ func (a *agent) resume(op *operation, app *config.App, in *intent) (did string, 
 	if in.OldNode != "" {
 		return a.resumeForeign(op, app, in, st, proc)
 	}
+	if in.Images != "" && in.BootID == bootID() &&
+		(st.State == control.StateSnapshotStart || st.State == control.StateSnapshotFreeze || st.State == control.StateRestoreStart) {
+		return a.resumeAction(op, app, in, st, proc)
+	}
 	switch st.State {
 	case control.StateSnapshotStart, control.StateSnapshotFreeze:
 		did, again, err = a.resumeSnapshot(op, app, in, st, proc)
@@ -159,7 +163,7 @@ func (a *agent) resumeSnapshot(op *operation, app *config.App, in *intent, st *p
 			proc = nil
 		}
 	}
-	if !in.Sealed && proc != nil {
+	if (!in.Sealed || in.Images != "") && proc != nil { // a caller's CRIU may let it run on
 		refused, err := a.takeBack(op, app)
 		if err == nil {
 			return "its snapshot was given up and the application runs on", nil, proc.thaw()
@@ -202,13 +206,16 @@ func (a *agent) goForward(op *operation, app *config.App, in *intent, proc proce
 	case !errors.Is(err, os.ErrNotExist): // a namespace goes with its last process; nothing is looked at any more
 		return "", err
 	}
-	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, force: in.Force || !in.Sealed, leftOut: map[string]bool{}, id: in.SnapshotID, temp: in.Temp}
+	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, force: in.Force || !in.Sealed, leftOut: map[string]bool{}, id: in.SnapshotID, temp: in.Temp, callers: in.Images}
 	if err := r.prepare(); err != nil {
 		return "", err
 	}
-	if in.Temp != "" { // SEAL may be repeated, and the images tell the same
-		if err := r.sealAgain(); err != nil {
+	if in.Temp != "" || in.Images != "" { // SEAL may be repeated, and the images tell the same
+		if err := r.sealAgain(); err != nil && in.Images == "" {
 			return "", err
+		} else if err != nil { // they may have been moved
+			a.log.Error("the images cannot be compared with the connections once more, which are held all the same", "app", app.Name, "err", err)
+			r.force = true
 		}
 	} else if err := r.seal(); err != nil {
 		if proc != nil || connect.CodeOf(err) != connect.CodeFailedPrecondition {

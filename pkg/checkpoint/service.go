@@ -82,6 +82,7 @@ func (a *agent) Progress(_ context.Context, r *connect.Request[pb.AgentProgressR
 	reply := &pb.AgentProgressReply{App: r.Msg.App}
 	a.mu.Lock()
 	o := a.ops[r.Msg.App]
+	reply.Detail = a.awaited[r.Msg.App]
 	a.mu.Unlock()
 	if o != nil {
 		reply.Operation = o.name

@@ -48,11 +48,13 @@ type snapshotRun struct {
 	info      *pb.ConnInfoReply // of the last account
 	pending   *pendingSnapshot
 	id        string       // known from an earlier agent
-	criu      procStat     // of CRIU
+	criu      criuRef      // CRIU's process
 	announced func() error // waits for the end of announce
 	summed    <-chan error // the images have their checksums and are on the disk
 	parent    string       // directory of a pre-dump
 	temp      string       // of images that an earlier agent has written
+	callers   string       // directory of images that the caller's CRIU writes; "": they are ours, or none
+	read      string       // where these are read while CRIU runs
 }
 
 // snapshot takes an application off its node while its clients stay connected.
@@ -116,7 +118,7 @@ func (a *agent) takeSnapshot(op *operation, app *config.App, req *pb.AgentSnapsh
 }
 
 // byImage tells whether the process is dumped.
-func (r *snapshotRun) byImage() bool { return engine(r.app) == config.EngineCRIU }
+func (r *snapshotRun) byImage() bool { return r.callers != "" || engine(r.app) == config.EngineCRIU }
 
 // run goes through the steps. Up to the seal everything can be taken back.
 func (r *snapshotRun) run() (*pb.AgentSnapshotReply, error) {
@@ -439,7 +441,10 @@ func (r *snapshotRun) prepare() error {
 	if r.id == "" {
 		r.id = newSnapshotID(now)
 	}
-	m := Manifest{App: r.app.Name, ID: r.id, Node: node.Name, Time: now, Engine: engine(r.app)}
+	m := Manifest{App: r.app.Name, ID: r.id, Node: node.Name, Time: now, Engine: engine(r.app), Images: r.callers}
+	if r.callers != "" {
+		m.Engine = config.EngineCRIU
+	}
 	if node.Address.IsValid() {
 		m.NodeAddress = node.Address.String()
 	}
@@ -486,7 +491,7 @@ func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
 	if r.force || r.byImage() {
 		moved, serr = r.a.connInfo(ctx, r.app.Name)
 	}
-	if r.byImage() {
+	if r.byImage() && r.callers == "" {
 		if r.summed == nil { // an earlier agent has written them
 			r.summed = r.pending.sumImages()
 		}

@@ -43,12 +43,15 @@ type Manifest struct {
 	NodeAddress string    `json:"node_address"`
 	Time        time.Time `json:"time"` // UTC, RFC 3339
 	Engine      string    `json:"engine"`
+	// Images is the directory to which a CRIU that was not ours has written; "":
+	// images, if any, are in the snapshot.
+	Images string `json:"images,omitempty"`
 	// Files holds the SHA-256 of every other file, in hexadecimal.
 	Files map[string]string `json:"files"`
 }
 
 // images tells whether the snapshot holds the images of its process.
-func (m *Manifest) images() bool { return m.Engine == config.EngineCRIU }
+func (m *Manifest) images() bool { return m.Engine == config.EngineCRIU && m.Images == "" }
 
 // store keeps snapshots below DIR/snapshots. It leaves that directory by no
 // link.

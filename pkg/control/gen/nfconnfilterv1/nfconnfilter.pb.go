@@ -4070,12 +4070,13 @@ func (x *AgentProgressRequest) GetApp() string {
 }
 
 type AgentProgressReply struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
-	Operation     string                 `protobuf:"bytes,2,opt,name=operation,proto3" json:"operation,omitempty"`
-	Phase         string                 `protobuf:"bytes,3,opt,name=phase,proto3" json:"phase,omitempty"`
-	Detail        string                 `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
-	ElapsedMs     int64                  `protobuf:"varint,5,opt,name=elapsed_ms,json=elapsedMs,proto3" json:"elapsed_ms,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	App       string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
+	Operation string                 `protobuf:"bytes,2,opt,name=operation,proto3" json:"operation,omitempty"`
+	Phase     string                 `protobuf:"bytes,3,opt,name=phase,proto3" json:"phase,omitempty"`
+	// Without an operation: what is waited for that the agent cannot do.
+	Detail        string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	ElapsedMs     int64  `protobuf:"varint,5,opt,name=elapsed_ms,json=elapsedMs,proto3" json:"elapsed_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4316,6 +4317,142 @@ func (x *AgentDoctorReply) GetFindings() []*Finding {
 		return x.Findings
 	}
 	return nil
+}
+
+type AgentCriuActionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`                           // "": the one that the process belongs to
+	Action        string                 `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"`                     // CRTOOLS_SCRIPT_ACTION
+	Pid           int32                  `protobuf:"varint,3,opt,name=pid,proto3" json:"pid,omitempty"`                          // of the root task; 0: not known yet
+	CriuPid       int32                  `protobuf:"varint,4,opt,name=criu_pid,json=criuPid,proto3" json:"criu_pid,omitempty"`   // CRIU's own
+	ImageDir      string                 `protobuf:"bytes,5,opt,name=image_dir,json=imageDir,proto3" json:"image_dir,omitempty"` // a path that is valid while CRIU runs
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentCriuActionRequest) Reset() {
+	*x = AgentCriuActionRequest{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentCriuActionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentCriuActionRequest) ProtoMessage() {}
+
+func (x *AgentCriuActionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentCriuActionRequest.ProtoReflect.Descriptor instead.
+func (*AgentCriuActionRequest) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *AgentCriuActionRequest) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *AgentCriuActionRequest) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+func (x *AgentCriuActionRequest) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *AgentCriuActionRequest) GetCriuPid() int32 {
+	if x != nil {
+		return x.CriuPid
+	}
+	return 0
+}
+
+func (x *AgentCriuActionRequest) GetImageDir() string {
+	if x != nil {
+		return x.ImageDir
+	}
+	return ""
+}
+
+type AgentCriuActionReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	App           string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`     // "": no application of this node is concerned
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // after it
+	Note          string                 `protobuf:"bytes,3,opt,name=note,proto3" json:"note,omitempty"`   // what was done, for a person
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentCriuActionReply) Reset() {
+	*x = AgentCriuActionReply{}
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentCriuActionReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentCriuActionReply) ProtoMessage() {}
+
+func (x *AgentCriuActionReply) ProtoReflect() protoreflect.Message {
+	mi := &file_nfconnfilter_v1_nfconnfilter_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentCriuActionReply.ProtoReflect.Descriptor instead.
+func (*AgentCriuActionReply) Descriptor() ([]byte, []int) {
+	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *AgentCriuActionReply) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *AgentCriuActionReply) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *AgentCriuActionReply) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
 }
 
 var File_nfconnfilter_v1_nfconnfilter_proto protoreflect.FileDescriptor
@@ -4713,7 +4850,17 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\x10AgentDoctorReply\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x12\x16\n" +
 	"\x06engine\x18\x02 \x01(\tR\x06engine\x124\n" +
-	"\bfindings\x18\x03 \x03(\v2\x18.nfconnfilter.v1.FindingR\bfindings2\xa2\v\n" +
+	"\bfindings\x18\x03 \x03(\v2\x18.nfconnfilter.v1.FindingR\bfindings\"\x8c\x01\n" +
+	"\x16AgentCriuActionRequest\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x16\n" +
+	"\x06action\x18\x02 \x01(\tR\x06action\x12\x10\n" +
+	"\x03pid\x18\x03 \x01(\x05R\x03pid\x12\x19\n" +
+	"\bcriu_pid\x18\x04 \x01(\x05R\acriuPid\x12\x1b\n" +
+	"\timage_dir\x18\x05 \x01(\tR\bimageDir\"R\n" +
+	"\x14AgentCriuActionReply\x12\x10\n" +
+	"\x03app\x18\x01 \x01(\tR\x03app\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x12\n" +
+	"\x04note\x18\x03 \x01(\tR\x04note2\xa2\v\n" +
 	"\x06Filter\x12G\n" +
 	"\bRegister\x12 .nfconnfilter.v1.RegisterRequest\x1a\x19.nfconnfilter.v1.AppReply\x12K\n" +
 	"\n" +
@@ -4734,7 +4881,7 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\fGetConnCount\x12\x1b.nfconnfilter.v1.AppRequest\x1a\x1f.nfconnfilter.v1.ConnCountReply\x12R\n" +
 	"\vGetConnInfo\x12#.nfconnfilter.v1.GetConnInfoRequest\x1a\x1e.nfconnfilter.v1.ConnInfoReply\x12F\n" +
 	"\x06Status\x12\x1e.nfconnfilter.v1.StatusRequest\x1a\x1c.nfconnfilter.v1.StatusReply\x12?\n" +
-	"\x04Wait\x12\x1c.nfconnfilter.v1.WaitRequest\x1a\x19.nfconnfilter.v1.AppReply2\xe0\a\n" +
+	"\x04Wait\x12\x1c.nfconnfilter.v1.WaitRequest\x1a\x19.nfconnfilter.v1.AppReply2\xbe\b\n" +
 	"\x05Agent\x12H\n" +
 	"\x05Start\x12\".nfconnfilter.v1.AgentStartRequest\x1a\x1b.nfconnfilter.v1.AgentReply\x12F\n" +
 	"\x04Stop\x12!.nfconnfilter.v1.AgentStopRequest\x1a\x1b.nfconnfilter.v1.AgentReply\x12V\n" +
@@ -4748,7 +4895,9 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"NodeStatus\x12'.nfconnfilter.v1.AgentNodeStatusRequest\x1a%.nfconnfilter.v1.AgentNodeStatusReply\x12S\n" +
 	"\aPrepare\x12$.nfconnfilter.v1.AgentPrepareRequest\x1a\".nfconnfilter.v1.AgentPrepareReply\x12H\n" +
 	"\x05Yield\x12\".nfconnfilter.v1.AgentYieldRequest\x1a\x1b.nfconnfilter.v1.AgentReply\x12P\n" +
-	"\x06Doctor\x12#.nfconnfilter.v1.AgentDoctorRequest\x1a!.nfconnfilter.v1.AgentDoctorReplyBTZRgithub.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1;nfconnfilterv1b\x06proto3"
+	"\x06Doctor\x12#.nfconnfilter.v1.AgentDoctorRequest\x1a!.nfconnfilter.v1.AgentDoctorReply\x12\\\n" +
+	"\n" +
+	"CriuAction\x12'.nfconnfilter.v1.AgentCriuActionRequest\x1a%.nfconnfilter.v1.AgentCriuActionReplyBTZRgithub.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1;nfconnfilterv1b\x06proto3"
 
 var (
 	file_nfconnfilter_v1_nfconnfilter_proto_rawDescOnce sync.Once
@@ -4762,7 +4911,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_rawDescGZIP() []byte {
 	return file_nfconnfilter_v1_nfconnfilter_proto_rawDescData
 }
 
-var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_nfconnfilter_v1_nfconnfilter_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 	(*ErrorInfo)(nil),              // 0: nfconnfilter.v1.ErrorInfo
 	(*AppRequest)(nil),             // 1: nfconnfilter.v1.AppRequest
@@ -4820,9 +4969,11 @@ var file_nfconnfilter_v1_nfconnfilter_proto_goTypes = []any{
 	(*AgentDoctorRequest)(nil),     // 53: nfconnfilter.v1.AgentDoctorRequest
 	(*Finding)(nil),                // 54: nfconnfilter.v1.Finding
 	(*AgentDoctorReply)(nil),       // 55: nfconnfilter.v1.AgentDoctorReply
-	nil,                            // 56: nfconnfilter.v1.ConnInfo.ReasonsEntry
-	nil,                            // 57: nfconnfilter.v1.AppStatus.ConnectionsEntry
-	nil,                            // 58: nfconnfilter.v1.AppStatus.ReasonsEntry
+	(*AgentCriuActionRequest)(nil), // 56: nfconnfilter.v1.AgentCriuActionRequest
+	(*AgentCriuActionReply)(nil),   // 57: nfconnfilter.v1.AgentCriuActionReply
+	nil,                            // 58: nfconnfilter.v1.ConnInfo.ReasonsEntry
+	nil,                            // 59: nfconnfilter.v1.AppStatus.ConnectionsEntry
+	nil,                            // 60: nfconnfilter.v1.AppStatus.ReasonsEntry
 }
 var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
 	6,  // 0: nfconnfilter.v1.AdoptRequest.sockets:type_name -> nfconnfilter.v1.Socket
@@ -4830,10 +4981,10 @@ var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
 	3,  // 2: nfconnfilter.v1.SnapshotFreezeRequest.heartbeats:type_name -> nfconnfilter.v1.Heartbeat
 	13, // 3: nfconnfilter.v1.SealRequest.image:type_name -> nfconnfilter.v1.ImageSocket
 	16, // 4: nfconnfilter.v1.RestoreConnRequest.conns:type_name -> nfconnfilter.v1.ConnID
-	56, // 5: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
+	58, // 5: nfconnfilter.v1.ConnInfo.reasons:type_name -> nfconnfilter.v1.ConnInfo.ReasonsEntry
 	25, // 6: nfconnfilter.v1.ConnInfoReply.conns:type_name -> nfconnfilter.v1.ConnInfo
-	57, // 7: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
-	58, // 8: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
+	59, // 7: nfconnfilter.v1.AppStatus.connections:type_name -> nfconnfilter.v1.AppStatus.ConnectionsEntry
+	60, // 8: nfconnfilter.v1.AppStatus.reasons:type_name -> nfconnfilter.v1.AppStatus.ReasonsEntry
 	28, // 9: nfconnfilter.v1.StatusReply.apps:type_name -> nfconnfilter.v1.AppStatus
 	29, // 10: nfconnfilter.v1.StatusReply.limits:type_name -> nfconnfilter.v1.Limit
 	34, // 11: nfconnfilter.v1.AgentReply.phases:type_name -> nfconnfilter.v1.Phase
@@ -4873,39 +5024,41 @@ var file_nfconnfilter_v1_nfconnfilter_proto_depIdxs = []int32{
 	44, // 45: nfconnfilter.v1.Agent.Prepare:input_type -> nfconnfilter.v1.AgentPrepareRequest
 	46, // 46: nfconnfilter.v1.Agent.Yield:input_type -> nfconnfilter.v1.AgentYieldRequest
 	53, // 47: nfconnfilter.v1.Agent.Doctor:input_type -> nfconnfilter.v1.AgentDoctorRequest
-	2,  // 48: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
-	2,  // 49: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
-	8,  // 50: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
-	10, // 51: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
-	2,  // 52: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
-	2,  // 53: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
-	2,  // 54: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
-	2,  // 55: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
-	2,  // 56: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
-	2,  // 57: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
-	2,  // 58: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
-	2,  // 59: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
-	18, // 60: nfconnfilter.v1.Filter.Handover:output_type -> nfconnfilter.v1.HandoverReply
-	2,  // 61: nfconnfilter.v1.Filter.Handback:output_type -> nfconnfilter.v1.AppReply
-	2,  // 62: nfconnfilter.v1.Filter.Release:output_type -> nfconnfilter.v1.AppReply
-	23, // 63: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
-	26, // 64: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
-	30, // 65: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
-	2,  // 66: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
-	35, // 67: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
-	35, // 68: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
-	37, // 69: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
-	40, // 70: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
-	35, // 71: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
-	35, // 72: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
-	52, // 73: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
-	43, // 74: nfconnfilter.v1.Agent.Migrate:output_type -> nfconnfilter.v1.AgentMigrateReply
-	49, // 75: nfconnfilter.v1.Agent.NodeStatus:output_type -> nfconnfilter.v1.AgentNodeStatusReply
-	45, // 76: nfconnfilter.v1.Agent.Prepare:output_type -> nfconnfilter.v1.AgentPrepareReply
-	35, // 77: nfconnfilter.v1.Agent.Yield:output_type -> nfconnfilter.v1.AgentReply
-	55, // 78: nfconnfilter.v1.Agent.Doctor:output_type -> nfconnfilter.v1.AgentDoctorReply
-	48, // [48:79] is the sub-list for method output_type
-	17, // [17:48] is the sub-list for method input_type
+	56, // 48: nfconnfilter.v1.Agent.CriuAction:input_type -> nfconnfilter.v1.AgentCriuActionRequest
+	2,  // 49: nfconnfilter.v1.Filter.Register:output_type -> nfconnfilter.v1.AppReply
+	2,  // 50: nfconnfilter.v1.Filter.Unregister:output_type -> nfconnfilter.v1.AppReply
+	8,  // 51: nfconnfilter.v1.Filter.Adopt:output_type -> nfconnfilter.v1.AdoptReply
+	10, // 52: nfconnfilter.v1.Filter.SnapshotStart:output_type -> nfconnfilter.v1.LearnReply
+	2,  // 53: nfconnfilter.v1.Filter.SnapshotFreeze:output_type -> nfconnfilter.v1.AppReply
+	2,  // 54: nfconnfilter.v1.Filter.Seal:output_type -> nfconnfilter.v1.AppReply
+	2,  // 55: nfconnfilter.v1.Filter.SnapshotDone:output_type -> nfconnfilter.v1.AppReply
+	2,  // 56: nfconnfilter.v1.Filter.SnapshotAbort:output_type -> nfconnfilter.v1.AppReply
+	2,  // 57: nfconnfilter.v1.Filter.RestoreStart:output_type -> nfconnfilter.v1.AppReply
+	2,  // 58: nfconnfilter.v1.Filter.RestoreConn:output_type -> nfconnfilter.v1.AppReply
+	2,  // 59: nfconnfilter.v1.Filter.Restored:output_type -> nfconnfilter.v1.AppReply
+	2,  // 60: nfconnfilter.v1.Filter.RestoreAbort:output_type -> nfconnfilter.v1.AppReply
+	18, // 61: nfconnfilter.v1.Filter.Handover:output_type -> nfconnfilter.v1.HandoverReply
+	2,  // 62: nfconnfilter.v1.Filter.Handback:output_type -> nfconnfilter.v1.AppReply
+	2,  // 63: nfconnfilter.v1.Filter.Release:output_type -> nfconnfilter.v1.AppReply
+	23, // 64: nfconnfilter.v1.Filter.GetConnCount:output_type -> nfconnfilter.v1.ConnCountReply
+	26, // 65: nfconnfilter.v1.Filter.GetConnInfo:output_type -> nfconnfilter.v1.ConnInfoReply
+	30, // 66: nfconnfilter.v1.Filter.Status:output_type -> nfconnfilter.v1.StatusReply
+	2,  // 67: nfconnfilter.v1.Filter.Wait:output_type -> nfconnfilter.v1.AppReply
+	35, // 68: nfconnfilter.v1.Agent.Start:output_type -> nfconnfilter.v1.AgentReply
+	35, // 69: nfconnfilter.v1.Agent.Stop:output_type -> nfconnfilter.v1.AgentReply
+	37, // 70: nfconnfilter.v1.Agent.Snapshot:output_type -> nfconnfilter.v1.AgentSnapshotReply
+	40, // 71: nfconnfilter.v1.Agent.Snapshots:output_type -> nfconnfilter.v1.AgentSnapshotsReply
+	35, // 72: nfconnfilter.v1.Agent.Restore:output_type -> nfconnfilter.v1.AgentReply
+	35, // 73: nfconnfilter.v1.Agent.Abort:output_type -> nfconnfilter.v1.AgentReply
+	52, // 74: nfconnfilter.v1.Agent.Progress:output_type -> nfconnfilter.v1.AgentProgressReply
+	43, // 75: nfconnfilter.v1.Agent.Migrate:output_type -> nfconnfilter.v1.AgentMigrateReply
+	49, // 76: nfconnfilter.v1.Agent.NodeStatus:output_type -> nfconnfilter.v1.AgentNodeStatusReply
+	45, // 77: nfconnfilter.v1.Agent.Prepare:output_type -> nfconnfilter.v1.AgentPrepareReply
+	35, // 78: nfconnfilter.v1.Agent.Yield:output_type -> nfconnfilter.v1.AgentReply
+	55, // 79: nfconnfilter.v1.Agent.Doctor:output_type -> nfconnfilter.v1.AgentDoctorReply
+	57, // 80: nfconnfilter.v1.Agent.CriuAction:output_type -> nfconnfilter.v1.AgentCriuActionReply
+	49, // [49:81] is the sub-list for method output_type
+	17, // [17:49] is the sub-list for method input_type
 	17, // [17:17] is the sub-list for extension type_name
 	17, // [17:17] is the sub-list for extension extendee
 	0,  // [0:17] is the sub-list for field type_name
@@ -4922,7 +5075,7 @@ func file_nfconnfilter_v1_nfconnfilter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc), len(file_nfconnfilter_v1_nfconnfilter_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   59,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

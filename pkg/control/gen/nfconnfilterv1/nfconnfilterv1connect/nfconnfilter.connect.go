@@ -104,6 +104,8 @@ const (
 	AgentYieldProcedure = "/nfconnfilter.v1.Agent/Yield"
 	// AgentDoctorProcedure is the fully-qualified name of the Agent's Doctor RPC.
 	AgentDoctorProcedure = "/nfconnfilter.v1.Agent/Doctor"
+	// AgentCriuActionProcedure is the fully-qualified name of the Agent's CriuAction RPC.
+	AgentCriuActionProcedure = "/nfconnfilter.v1.Agent/CriuAction"
 )
 
 // FilterClient is a client for the nfconnfilter.v1.Filter service.
@@ -719,6 +721,9 @@ type AgentClient interface {
 	// Doctor tells what of an application its engine could not bring back. It
 	// changes nothing and is allowed in every state.
 	Doctor(context.Context, *connect.Request[nfconnfilterv1.AgentDoctorRequest]) (*connect.Response[nfconnfilterv1.AgentDoctorReply], error)
+	// CriuAction is an action of a CRIU that somebody else has started (criu(8),
+	// --action-script). With an error CRIU is to give up what it does.
+	CriuAction(context.Context, *connect.Request[nfconnfilterv1.AgentCriuActionRequest]) (*connect.Response[nfconnfilterv1.AgentCriuActionReply], error)
 }
 
 // NewAgentClient constructs a client for the nfconnfilter.v1.Agent service. By default, it uses the
@@ -804,6 +809,12 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(agentMethods.ByName("Doctor")),
 			connect.WithClientOptions(opts...),
 		),
+		criuAction: connect.NewClient[nfconnfilterv1.AgentCriuActionRequest, nfconnfilterv1.AgentCriuActionReply](
+			httpClient,
+			baseURL+AgentCriuActionProcedure,
+			connect.WithSchema(agentMethods.ByName("CriuAction")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -821,6 +832,7 @@ type agentClient struct {
 	prepare    *connect.Client[nfconnfilterv1.AgentPrepareRequest, nfconnfilterv1.AgentPrepareReply]
 	yield      *connect.Client[nfconnfilterv1.AgentYieldRequest, nfconnfilterv1.AgentReply]
 	doctor     *connect.Client[nfconnfilterv1.AgentDoctorRequest, nfconnfilterv1.AgentDoctorReply]
+	criuAction *connect.Client[nfconnfilterv1.AgentCriuActionRequest, nfconnfilterv1.AgentCriuActionReply]
 }
 
 // Start calls nfconnfilter.v1.Agent.Start.
@@ -883,6 +895,11 @@ func (c *agentClient) Doctor(ctx context.Context, req *connect.Request[nfconnfil
 	return c.doctor.CallUnary(ctx, req)
 }
 
+// CriuAction calls nfconnfilter.v1.Agent.CriuAction.
+func (c *agentClient) CriuAction(ctx context.Context, req *connect.Request[nfconnfilterv1.AgentCriuActionRequest]) (*connect.Response[nfconnfilterv1.AgentCriuActionReply], error) {
+	return c.criuAction.CallUnary(ctx, req)
+}
+
 // AgentHandler is an implementation of the nfconnfilter.v1.Agent service.
 type AgentHandler interface {
 	Start(context.Context, *connect.Request[nfconnfilterv1.AgentStartRequest]) (*connect.Response[nfconnfilterv1.AgentReply], error)
@@ -906,6 +923,9 @@ type AgentHandler interface {
 	// Doctor tells what of an application its engine could not bring back. It
 	// changes nothing and is allowed in every state.
 	Doctor(context.Context, *connect.Request[nfconnfilterv1.AgentDoctorRequest]) (*connect.Response[nfconnfilterv1.AgentDoctorReply], error)
+	// CriuAction is an action of a CRIU that somebody else has started (criu(8),
+	// --action-script). With an error CRIU is to give up what it does.
+	CriuAction(context.Context, *connect.Request[nfconnfilterv1.AgentCriuActionRequest]) (*connect.Response[nfconnfilterv1.AgentCriuActionReply], error)
 }
 
 // NewAgentHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -987,6 +1007,12 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(agentMethods.ByName("Doctor")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentCriuActionHandler := connect.NewUnaryHandler(
+		AgentCriuActionProcedure,
+		svc.CriuAction,
+		connect.WithSchema(agentMethods.ByName("CriuAction")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/nfconnfilter.v1.Agent/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AgentStartProcedure:
@@ -1013,6 +1039,8 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 			agentYieldHandler.ServeHTTP(w, r)
 		case AgentDoctorProcedure:
 			agentDoctorHandler.ServeHTTP(w, r)
+		case AgentCriuActionProcedure:
+			agentCriuActionHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1068,4 +1096,8 @@ func (UnimplementedAgentHandler) Yield(context.Context, *connect.Request[nfconnf
 
 func (UnimplementedAgentHandler) Doctor(context.Context, *connect.Request[nfconnfilterv1.AgentDoctorRequest]) (*connect.Response[nfconnfilterv1.AgentDoctorReply], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Agent.Doctor is not implemented"))
+}
+
+func (UnimplementedAgentHandler) CriuAction(context.Context, *connect.Request[nfconnfilterv1.AgentCriuActionRequest]) (*connect.Response[nfconnfilterv1.AgentCriuActionReply], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("nfconnfilter.v1.Agent.CriuAction is not implemented"))
 }
