@@ -173,6 +173,7 @@ type fakeAgent struct {
 	onAbort  func()
 	ended    chan struct{} // a value when a hanging operation has ended
 	progress *nfconnfilterv1.AgentProgressReply
+	action   *nfconnfilterv1.AgentCriuActionRequest
 }
 
 func (a *fakeAgent) work(ctx context.Context) error {

@@ -137,9 +137,7 @@ func (r *actionRun) endDump(cause error) (over bool, err error) {
 	if _, _, sealed := r.op.state(); !sealed {
 		select {
 		case <-r.gone: // killed, it has left the sockets as they were then
-			ctx, cancel := r.op.cleanup()
-			defer cancel()
-			if _, err := r.a.foreign.outcome(ctx, d.proc); err != nil {
+			if _, err := r.runsOn(); err != nil {
 				r.a.log.Error("the sockets may not work", "app", r.app.Name, "err", err)
 			}
 		default:
@@ -153,9 +151,7 @@ func (r *actionRun) endDump(cause error) (over bool, err error) {
 			r.op.handedOn = true
 			return true, fmt.Errorf("%w; CRIU %d has its images and still runs, the next agent goes on", cause, r.criu.pid)
 		}
-		ctx, cancel := r.op.cleanup()
-		defer cancel()
-		runsOn, err := r.a.foreign.outcome(ctx, d.proc)
+		runsOn, err := r.runsOn()
 		if err != nil {
 			r.a.log.Error("what CRIU has done with the application is not known, it is ended", "app", r.app.Name, "err", err)
 		}
@@ -178,4 +174,14 @@ func (r *actionRun) endDump(cause error) (over bool, err error) {
 	}
 	r.op.left = true
 	return true, failed(opCriu, r.app.Name, "", noted(err, "; it is tried again"))
+}
+
+// runsOn tells whether a CRIU that has ended has left the application running.
+func (r *actionRun) runsOn() (bool, error) {
+	if r.dump.proc == nil { // an earlier agent has seen the last of it
+		return false, nil
+	}
+	ctx, cancel := r.op.cleanup()
+	defer cancel()
+	return r.a.foreign.outcome(ctx, r.dump.proc)
 }

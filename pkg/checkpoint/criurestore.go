@@ -87,7 +87,10 @@ func (r *actionRun) intend(back bool) error {
 // actRestore carries out one action of a restore.
 func (r *actionRun) actRestore(c actionCall) (over bool, err error) {
 	switch {
-	case c.action == criu.PreRestore && !r.late:
+	case c.action == criu.PreRestore && r.late:
+		r.op.enter("criu")
+		r.op.note("CRIU %d restores it and makes its network namespace %s", r.criu.pid, r.app.Process.Namespace)
+	case c.action == criu.PreRestore:
 		err = r.beginHeld()
 	case c.action == criu.PostRestore:
 		err = r.back(c.pid)

@@ -273,7 +273,7 @@ func (w *world) GetConnInfo(context.Context, *connect.Request[pb.GetConnInfoRequ
 	w.finish()
 	for _, c := range w.conns {
 		r.Conns = append(r.Conns, &pb.ConnInfo{Local: c.Local, Remote: c.Remote, Role: c.Role, State: c.State,
-			Restorable: c.Restorable, Missing: c.Missing, KeptBytes: c.KeptBytes})
+			Restorable: c.Restorable, Missing: c.Missing, KeptBytes: c.KeptBytes, Image: c.Image})
 	}
 	return connect.NewResponse(r), nil
 }

@@ -160,7 +160,7 @@ func (r *snapshotRun) rollBack(cause error) error {
 	}
 	// After the filter: what it says while everything is sealed is lost.
 	var err error
-	if _, _, sealed := r.op.state(); serr == nil || !sealed {
+	if _, _, sealed := r.op.state(); r.proc != nil && (serr == nil || !sealed) {
 		err = r.proc.thaw()
 	}
 	if err = errors.Join(err, serr); err != nil {
