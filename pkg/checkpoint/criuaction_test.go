@@ -16,8 +16,8 @@ import (
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
 
-// fakeCRIU is a CRIU that somebody else has started, and its images.
-type fakeCRIU struct {
+// playedCRIU is a CRIU that somebody else has started, and its images.
+type playedCRIU struct {
 	imager // nothing of its own is run
 	w      *world
 	socks  []criu.Socket
@@ -29,14 +29,14 @@ const (
 	fakeImages  = "/images"
 )
 
-func (c *fakeCRIU) find(pid int) (criuRef, error) {
+func (c *playedCRIU) find(pid int) (criuRef, error) {
 	if pid != fakeCRIUPID {
 		return criuRef{}, errTest
 	}
 	return criuRef{pid, 1}, nil
 }
 
-func (c *fakeCRIU) runs(criuRef) bool {
+func (c *playedCRIU) runs(criuRef) bool {
 	select {
 	case <-c.ended:
 		return false
@@ -45,7 +45,7 @@ func (c *fakeCRIU) runs(criuRef) bool {
 	}
 }
 
-func (c *fakeCRIU) awaitEnd(ctx context.Context, _ criuRef) error {
+func (c *playedCRIU) awaitEnd(ctx context.Context, _ criuRef) error {
 	select {
 	case <-c.ended:
 		return nil
@@ -54,19 +54,19 @@ func (c *fakeCRIU) awaitEnd(ctx context.Context, _ criuRef) error {
 	}
 }
 
-func (c *fakeCRIU) target(criuRef) int                    { return fakePID }
-func (c *fakeCRIU) made(criuRef, int) error               { return c.w.do("made") }
-func (c *fakeCRIU) place(string) (string, error)          { return fakeImages, nil }
-func (c *fakeCRIU) fit(string) error                      { return c.w.do("fit") }
-func (c *fakeCRIU) sockets(string) ([]criu.Socket, error) { return c.socks, nil }
-func (c *fakeCRIU) taken(string) (string, error)          { return "", nil }
+func (c *playedCRIU) target(criuRef) int                    { return fakePID }
+func (c *playedCRIU) made(criuRef, int) error               { return c.w.do("made") }
+func (c *playedCRIU) place(string) (string, error)          { return fakeImages, nil }
+func (c *playedCRIU) fit(string) error                      { return c.w.do("fit") }
+func (c *playedCRIU) sockets(string) ([]criu.Socket, error) { return c.socks, nil }
+func (c *playedCRIU) taken(string) (string, error)          { return "", nil }
 
-func (c *fakeCRIU) outcome(_ context.Context, p process) (bool, error) {
+func (c *playedCRIU) outcome(_ context.Context, p process) (bool, error) {
 	return p.alive(), c.w.do("outcome")
 }
 
 // kills ends the tasks, as CRIU does behind its images, and itself.
-func (c *fakeCRIU) kills() {
+func (c *playedCRIU) kills() {
 	c.w.mu.Lock()
 	c.w.running, c.w.listening, c.w.socks = false, false, nil
 	for _, k := range c.w.conns {
@@ -77,7 +77,7 @@ func (c *fakeCRIU) kills() {
 }
 
 // makes is a restore up to the sockets.
-func (c *fakeCRIU) makes() {
+func (c *playedCRIU) makes() {
 	c.w.mu.Lock()
 	defer c.w.mu.Unlock()
 	for _, k := range c.w.conns {
@@ -85,10 +85,10 @@ func (c *fakeCRIU) makes() {
 	}
 }
 
-func newCRIU(t *testing.T, n int) (*world, *agent, *fakeCRIU) {
+func newCRIU(t *testing.T, n int) (*world, *agent, *playedCRIU) {
 	t.Helper()
 	w, a := newWorld(t, n)
-	c := &fakeCRIU{w: w, ended: make(chan struct{})}
+	c := &playedCRIU{w: w, ended: make(chan struct{})}
 	for _, k := range w.conns {
 		c.socks = append(c.socks, criu.Socket{Local: netip.MustParseAddrPort(k.Local), Remote: netip.MustParseAddrPort(k.Remote)})
 	}
@@ -181,41 +181,41 @@ func TestActionEnds(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		world func(w *world)
-		then  func(t *testing.T, a *agent, c *fakeCRIU)
+		then  func(t *testing.T, a *agent, c *playedCRIU)
 		state string
 		steps string // the last ones
 	}{
-		{"CRIU fails before the images", nil, func(t *testing.T, a *agent, c *fakeCRIU) { acts(t, a, criu.PreDump); close(c.ended) },
+		{"CRIU fails before the images", nil, func(t *testing.T, a *agent, c *playedCRIU) { acts(t, a, criu.PreDump); close(c.ended) },
 			control.StateRestored, "outcome SNAPSHOTABORT"},
-		{"CRIU fails and says so", nil, func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"CRIU fails and says so", nil, func(t *testing.T, a *agent, c *playedCRIU) {
 			acts(t, a, criu.NetLock)
 			if act(t, a, criu.NetUnlock) == nil {
 				t.Error("a dump that fails is no success")
 			}
 		}, control.StateRestored, "SNAPSHOTABORT"},
-		{"the images do not agree", func(w *world) { w.fail["SEAL"] = refusal }, func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"the images do not agree", func(w *world) { w.fail["SEAL"] = refusal }, func(t *testing.T, a *agent, c *playedCRIU) {
 			acts(t, a, criu.PreDump)
 			if err := act(t, a, criu.PostDump); err == nil || !strings.Contains(err.Error(), "SEAL refused") {
 				t.Errorf("post-dump: %v", err)
 			}
 			acts(t, a, criu.NetUnlock)
 		}, control.StateRestored, "SEAL SNAPSHOTABORT"},
-		{"CRIU's own lock", func(w *world) { w.fail["fit"] = errTest }, func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"CRIU's own lock", func(w *world) { w.fail["fit"] = errTest }, func(t *testing.T, a *agent, c *playedCRIU) {
 			acts(t, a, criu.PreDump)
 			if err := act(t, a, criu.PostDump); err == nil {
 				t.Error("post-dump succeeds")
 			}
 		}, control.StateRestored, "fit SNAPSHOTABORT"},
-		{"left running", nil, func(t *testing.T, a *agent, c *fakeCRIU) { acts(t, a, criu.PreDump, criu.PostDump); close(c.ended) },
+		{"left running", nil, func(t *testing.T, a *agent, c *playedCRIU) { acts(t, a, criu.PreDump, criu.PostDump); close(c.ended) },
 			control.StateRestored, "outcome SNAPSHOTABORT"},
-		{"left running in a namespace", nil, func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"left running in a namespace", nil, func(t *testing.T, a *agent, c *playedCRIU) {
 			acts(t, a, criu.PreDump, criu.NetLock, criu.PostDump, criu.NetUnlock)
 		}, control.StateRestored, "SEAL SNAPSHOTABORT"},
-		{"left running, too late", func(w *world) { w.fail["SNAPSHOTABORT"] = refusal }, func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"left running, too late", func(w *world) { w.fail["SNAPSHOTABORT"] = refusal }, func(t *testing.T, a *agent, c *playedCRIU) {
 			acts(t, a, criu.PreDump, criu.PostDump)
 			close(c.ended)
 		}, control.StateSnapshotDone, "SNAPSHOTABORT stop-SIGKILL INFO SNAPSHOTDONE"},
-		{"aborted", nil, func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"aborted", nil, func(t *testing.T, a *agent, c *playedCRIU) {
 			acts(t, a, criu.PreDump)
 			if _, err := a.Abort(t.Context(), connect.NewRequest(&pb.AgentAbortRequest{App: "redis"})); err != nil {
 				t.Errorf("abort: %v", err)
@@ -224,17 +224,17 @@ func TestActionEnds(t *testing.T) {
 				t.Errorf("post-dump of what was aborted: %v", err)
 			}
 		}, control.StateRestored, "SNAPSHOTFREEZE SNAPSHOTABORT"},
-		{"not all of it is dumped", func(w *world) { w.fail["rooted"] = errTest }, func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"not all of it is dumped", func(w *world) { w.fail["rooted"] = errTest }, func(t *testing.T, a *agent, c *playedCRIU) {
 			if err := act(t, a, criu.PreDump); err == nil {
 				t.Error("pre-dump succeeds")
 			}
 		}, control.StateConnected, ""},
-		{"nobody froze it", nil, func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"nobody froze it", nil, func(t *testing.T, a *agent, c *playedCRIU) {
 			if err := act(t, a, criu.PostDump); err == nil {
 				t.Error("post-dump succeeds")
 			}
 		}, control.StateConnected, ""},
-		{"of somebody else", func(w *world) { w.running = false }, func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"of somebody else", func(w *world) { w.running = false }, func(t *testing.T, a *agent, c *playedCRIU) {
 			c.socks = nil
 			acts(t, a, criu.PreDump, criu.NetLock, criu.PostDump, criu.NetUnlock, criu.PreRestore, criu.PostRestore, criu.PreResume)
 		}, control.StateConnected, ""},
@@ -264,24 +264,24 @@ func TestActionEnds(t *testing.T) {
 func TestActionRestoreEnds(t *testing.T) {
 	for _, c := range []struct {
 		name  string
-		then  func(t *testing.T, w *world, a *agent, c *fakeCRIU)
+		then  func(t *testing.T, w *world, a *agent, c *playedCRIU)
 		state string
 	}{
-		{"CRIU fails", func(t *testing.T, _ *world, a *agent, c *fakeCRIU) { acts(t, a, criu.PreRestore); close(c.ended) }, control.StateSnapshotDone},
-		{"CRIU fails behind the sockets", func(t *testing.T, _ *world, a *agent, c *fakeCRIU) {
+		{"CRIU fails", func(t *testing.T, _ *world, a *agent, c *playedCRIU) { acts(t, a, criu.PreRestore); close(c.ended) }, control.StateSnapshotDone},
+		{"CRIU fails behind the sockets", func(t *testing.T, _ *world, a *agent, c *playedCRIU) {
 			c.makes()
 			acts(t, a, criu.PreRestore)
 			c.makes()
 			acts(t, a, criu.PostRestore)
 			close(c.ended)
 		}, control.StateSnapshotDone},
-		{"a socket is missing", func(t *testing.T, _ *world, a *agent, c *fakeCRIU) {
+		{"a socket is missing", func(t *testing.T, _ *world, a *agent, c *playedCRIU) {
 			acts(t, a, criu.PreRestore)
 			if err := act(t, a, criu.PostRestore); err == nil || !strings.Contains(err.Error(), "not there again") {
 				t.Errorf("post-restore: %v", err)
 			}
 		}, control.StateSnapshotDone},
-		{"it cannot be opened", func(t *testing.T, w *world, a *agent, c *fakeCRIU) {
+		{"it cannot be opened", func(t *testing.T, w *world, a *agent, c *playedCRIU) {
 			w.setFail("RESTORED", errTest)
 			acts(t, a, criu.PreRestore)
 			c.makes()
@@ -290,7 +290,7 @@ func TestActionRestoreEnds(t *testing.T) {
 				t.Error("pre-resume succeeds")
 			}
 		}, control.StateSnapshotDone},
-		{"it was made by somebody else", func(t *testing.T, w *world, a *agent, c *fakeCRIU) {
+		{"it was made by somebody else", func(t *testing.T, w *world, a *agent, c *playedCRIU) {
 			w.setFail("made", errTest)
 			acts(t, a, criu.PreRestore)
 			if err := act(t, a, criu.PostRestore); !errors.Is(err, errTest) && (err == nil || !strings.Contains(err.Error(), errTest.Error())) {

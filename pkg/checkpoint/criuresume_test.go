@@ -23,27 +23,27 @@ func TestActionResume(t *testing.T) {
 	for _, c := range []struct {
 		name, state string
 		in          intent
-		world       func(w *world, c *fakeCRIU)
-		then        func(t *testing.T, a *agent, c *fakeCRIU)
+		world       func(w *world, c *playedCRIU)
+		then        func(t *testing.T, a *agent, c *playedCRIU)
 		after       string
 	}{
-		{"frozen, CRIU failed", control.StateSnapshotFreeze, at, func(_ *world, c *fakeCRIU) { close(c.ended) }, nil, control.StateRestored},
-		{"frozen, CRIU runs", control.StateSnapshotFreeze, at, nil, func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"frozen, CRIU failed", control.StateSnapshotFreeze, at, func(_ *world, c *playedCRIU) { close(c.ended) }, nil, control.StateRestored},
+		{"frozen, CRIU runs", control.StateSnapshotFreeze, at, nil, func(t *testing.T, a *agent, c *playedCRIU) {
 			acts(t, a, criu.PostDump)
 			c.kills()
 		}, control.StateSnapshotDone},
-		{"frozen, CRIU runs and fails", control.StateSnapshotFreeze, at, nil, func(_ *testing.T, _ *agent, c *fakeCRIU) { close(c.ended) }, control.StateRestored},
-		{"sealed, CRIU has ended it", control.StateSnapshotFreeze, sealed, func(_ *world, c *fakeCRIU) { c.kills() }, nil, control.StateSnapshotDone},
-		{"sealed, CRIU has let it run on", control.StateSnapshotFreeze, sealed, func(_ *world, c *fakeCRIU) { close(c.ended) }, nil, control.StateRestored},
-		{"sealed, CRIU runs", control.StateSnapshotFreeze, sealed, nil, func(_ *testing.T, _ *agent, c *fakeCRIU) { c.kills() }, control.StateSnapshotDone},
-		{"restoring, CRIU failed", control.StateRestoreStart, at, func(w *world, c *fakeCRIU) { c.kills() }, nil, control.StateSnapshotDone},
-		{"restoring, CRIU runs", control.StateRestoreStart, at, func(w *world, c *fakeCRIU) { c.kills(); c.ended = make(chan struct{}) },
-			func(t *testing.T, a *agent, c *fakeCRIU) {
+		{"frozen, CRIU runs and fails", control.StateSnapshotFreeze, at, nil, func(_ *testing.T, _ *agent, c *playedCRIU) { close(c.ended) }, control.StateRestored},
+		{"sealed, CRIU has ended it", control.StateSnapshotFreeze, sealed, func(_ *world, c *playedCRIU) { c.kills() }, nil, control.StateSnapshotDone},
+		{"sealed, CRIU has let it run on", control.StateSnapshotFreeze, sealed, func(_ *world, c *playedCRIU) { close(c.ended) }, nil, control.StateRestored},
+		{"sealed, CRIU runs", control.StateSnapshotFreeze, sealed, nil, func(_ *testing.T, _ *agent, c *playedCRIU) { c.kills() }, control.StateSnapshotDone},
+		{"restoring, CRIU failed", control.StateRestoreStart, at, func(w *world, c *playedCRIU) { c.kills() }, nil, control.StateSnapshotDone},
+		{"restoring, CRIU runs", control.StateRestoreStart, at, func(w *world, c *playedCRIU) { c.kills(); c.ended = make(chan struct{}) },
+			func(t *testing.T, a *agent, c *playedCRIU) {
 				c.makes()
 				acts(t, a, criu.PostRestore, criu.PreResume)
 			}, control.StateRestored},
-		{"back, CRIU has let it run", control.StateRestoreStart, back, func(_ *world, c *fakeCRIU) { close(c.ended) }, nil, control.StateRestored},
-		{"back, CRIU failed", control.StateRestoreStart, back, func(_ *world, c *fakeCRIU) { c.kills() }, nil, control.StateSnapshotDone},
+		{"back, CRIU has let it run", control.StateRestoreStart, back, func(_ *world, c *playedCRIU) { close(c.ended) }, nil, control.StateRestored},
+		{"back, CRIU failed", control.StateRestoreStart, back, func(_ *world, c *playedCRIU) { c.kills() }, nil, control.StateSnapshotDone},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			w, a, f := newCRIU(t, 2)
