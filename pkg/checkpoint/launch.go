@@ -315,9 +315,11 @@ func (l *osLauncher) find(app *config.App) (process, error) {
 		if p.alive() {
 			return p, nil
 		}
+		// Once: a CRIU that somebody else has started may make it again for the next one.
 		if rec.Cgroup != "" {
 			cgroup(rec.Cgroup).remove()
 		}
+		l.forget(app.Name)
 	}
 	if app.Process.PidFile == "" {
 		return nil, nil
