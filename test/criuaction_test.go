@@ -214,6 +214,7 @@ func TestCRIUActionDumpFails(t *testing.T) {
 	for what, first := range map[string]string{
 		"killed at post-dump": "[ $CRTOOLS_SCRIPT_ACTION = post-dump ] && kill -9 $PPID && exit 1",
 		"killed at pre-dump":  "[ $CRTOOLS_SCRIPT_ACTION = pre-dump ] && (" + c.ckptctl() + "; kill -9 $PPID) && exit 1",
+		"killed behind us":    "[ $CRTOOLS_SCRIPT_ACTION = post-dump ] && (" + c.ckptctl() + "; kill -9 $PPID) && exit 1",
 		"given up behind us":  "[ $CRTOOLS_SCRIPT_ACTION = post-dump ] && " + c.ckptctl() + " && exit 1",
 	} {
 		t.Logf("%s", what)

@@ -153,7 +153,7 @@ func (r *actionRun) endDump(cause error) (over bool, err error) {
 		}
 		runsOn, err := r.runsOn()
 		if err != nil {
-			r.a.log.Error("what CRIU has done with the application is not known, it is ended", "app", r.app.Name, "err", err)
+			r.a.log.Error("CRIU has left the application in disorder", "app", r.app.Name, "runs", runsOn, "err", err)
 		}
 		if !runsOn {
 			_, err := d.complete()

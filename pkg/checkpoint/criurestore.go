@@ -163,7 +163,7 @@ func (r *actionRun) back(pid int) (err error) {
 func (a *agent) resumeAction(op *operation, app *config.App, in *intent, st *pb.AppStatus, proc process) (did string, again func() error, err error) {
 	op.enter("criu")
 	ref := criuRef{in.CRIU, in.CRIUStart}
-	if a.foreign.runs(ref) {
+	if a.foreign.runs(ref) && in.Op != opAbort {
 		a.mu.Lock()
 		a.takingUp[app.Name] = true // until then a call of it waits
 		a.mu.Unlock()
@@ -212,6 +212,7 @@ func (a *agent) takeUp(app *config.App, ref criuRef, in *intent) error {
 	}()
 	r, err := a.beginAction(app, ref)
 	if err != nil {
+		a.recoverLater(app.Name)
 		return err
 	}
 	fail := func(err error) error {
