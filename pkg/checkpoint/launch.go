@@ -318,7 +318,6 @@ func (l *osLauncher) find(app *config.App) (process, error) {
 		// Once: a CRIU that somebody else has started may make it again for the next one.
 		if rec.Cgroup != "" {
 			cgroup(rec.Cgroup).remove()
-			l.forget(app.Name) // a CRIU that restores it makes the cgroup anew, nobody is to remove that
 		}
 		l.forget(app.Name)
 	}
