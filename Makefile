@@ -64,6 +64,7 @@ sim:
 
 bench: bin/bench
 	@scripts/deps.sh bench
+	@$(SUDO) scripts/criu.sh >/dev/null
 	$(SUDO) env PATH="$$PATH" bin/bench
 	go test -run '^$$' -bench . -benchmem $(EXEC) ./internal/... ./pkg/...
 

@@ -11,7 +11,7 @@ purpose=${1:-test}
 # program:package, one a line; a program that is found needs no package.
 demo_deps="iptables:iptables ipset:ipset ip:iproute2 redis-server:redis-server redis-cli:redis-tools ethtool:ethtool"
 test_deps="$demo_deps nft:nftables nginx:nginx-light wrk:wrk iperf3:iperf3 conntrack:conntrack tcpdump:tcpdump gcc:gcc"
-bench_deps="$demo_deps iperf3:iperf3 gcc:gcc taskset:util-linux"
+bench_deps="$demo_deps nft:nftables iperf3:iperf3 gcc:gcc taskset:util-linux"
 
 case $purpose in
 demo) deps=$demo_deps ;;

@@ -1,10 +1,10 @@
 // Command bench measures what the project costs and how fast it is, each
 // against a target: a bulk stream past an idle filter, packets through the
 // queue loop against its peers, snapshot, restore and restart of the filter
-// with thousands of held connections, and their migration to another node. It
-// needs root for its network namespaces. Figures are ratios of runs in turn, or
-// medians; the exit code is 1 when one misses its target. Those of migrate stand
-// beside their limits and are no failure.
+// with thousands of held connections, their migration to another node, and a
+// snapshot by image against CRIU alone. It needs root for its network namespaces.
+// Figures are ratios of runs in turn, or medians; the exit code is 1 when one misses
+// its target. Those of migrate and criu stand beside their limits and are no failure.
 package main
 
 import (
@@ -22,10 +22,10 @@ import (
 
 func main() {
 	bin := flag.String("bin", "bin", "`directory` that holds nfconnfilter and ckptctl")
-	only := flag.String("only", "stream,queue,hold,migrate", "what is measured, a `list` of stream, queue, hold and migrate")
+	only := flag.String("only", "stream,queue,hold,migrate,criu", "what is measured, a `list` of stream, queue, hold, migrate and criu")
 	pairs := flag.Int("pairs", 25, "paired runs of stream for each direction")
-	rounds := flag.Int("rounds", 7, "rounds of queue, of hold and of migrate")
-	conns := flag.Int("conns", 0, "connections of migrate, 1000 or 10000; 0: one after the other")
+	rounds := flag.Int("rounds", 7, "rounds of queue, hold, migrate and criu")
+	conns := flag.Int("conns", 0, "connections of migrate, 1000 or 10000, and of criu, 1000 or 5000; 0: one after the other")
 	length := flag.Duration("time", time.Second, "length of one run of stream and queue, whole seconds")
 	behind := flag.Bool("behind", false, "the application of stream is in a network namespace behind the node")
 	consumer := flag.String("consume", "", "internal: be one of the Go loops of queue")
@@ -38,8 +38,10 @@ func main() {
 		exit(load(*loadFor))
 	}
 	which := strings.Split(*only, ",")
-	known := !slices.ContainsFunc(which, func(s string) bool { return !slices.Contains([]string{"stream", "queue", "hold", "migrate"}, s) })
-	known = known && slices.Contains([]int{0, 1000, 10000}, *conns)
+	known := !slices.ContainsFunc(which, func(s string) bool {
+		return !slices.Contains([]string{"stream", "queue", "hold", "migrate", "criu"}, s)
+	})
+	known = known && slices.Contains([]int{0, 1000, 5000, 10000}, *conns)
 	if flag.NArg() != 0 || *pairs < 1 || *rounds < 1 || *length < time.Second || !known {
 		flag.Usage()
 		os.Exit(2)
@@ -64,6 +66,8 @@ func main() {
 			err = errors.Join(err, holds(dir, *rounds))
 		case "migrate":
 			err = errors.Join(err, migrations(dir, *rounds, *conns))
+		case "criu":
+			err = errors.Join(err, dumps(dir, *rounds, *conns))
 		}
 	}
 	exit(err)
