@@ -55,7 +55,7 @@ func (r Run) options() *rpc.CriuOpts {
 		NetworkLock:       rpc.CriuNetworkLockMethod_SKIP.Enum(),
 		ManageCgroupsMode: rpc.CriuCgMode_IGNORE.Enum(), ManageCgroups: ptr(true),
 		FileLocks: ptr(true),
-		LogLevel:  ptr[int32](4), LogFile: ptr(r.Log),
+		LogLevel:  ptr[int32](2), LogFile: ptr(r.Log),
 	}
 }
 
