@@ -260,45 +260,44 @@ func TestCRIUKilled(t *testing.T) {
 // TestCRIUAgentCrash kills the agent at each step of a snapshot and of a restore, with 100
 // live connections, as TestAgentCrash does: the next one goes on or takes back.
 func TestCRIUAgentCrash(t *testing.T) {
-	outages(t, func(t *testing.T, away time.Duration) {
-		n, load := redisUp(t, withCRIU(t, harness.Options{Name: "agent", Apps: []harness.App{memoryRedis()}}), 100, clients.KeepAlive{})
-		unnoticed := watch(t, n.Net, vip)
-		rounds(t, load, 1)
-		for i, p := range []struct{ phase, after string }{
-			{"look", "CONNECTED"}, {"prepare", "CONNECTED"}, {"criu", ""}, {"announce", ""}, {"freeze", "RESTORED"},
-			{"dump", "RESTORED"}, {"compare", "RESTORED"}, {"seal", "RESTORED"},
-			{"kill", "SNAPSHOTDONE"}, {"store", "SNAPSHOTDONE"}, {"hold", "SNAPSHOTDONE"},
-		} {
-			doomed(t, n, "snapshot/"+p.phase, away, "snapshot", "redis")
-			if p.after != "" {
-				must(t, n.WaitState("redis", p.after, 10*time.Second))
-			}
-			if p.after == "SNAPSHOTDONE" {
-				held(t, n, "redis", "redis-server", load, 0)
-				if s := n.Ctl("-o", "json", "snapshots", "redis"); s.Err() != nil || len(s.Stdout) < 10 {
-					t.Errorf("%s: no snapshot is stored: %v", p.phase, s)
-				}
-				wake(t, n, "redis", load.Clients[i])
-			}
-			rounds(t, load, 2)
+	const away = 0
+	n, load := redisUp(t, withCRIU(t, harness.Options{Name: "agent", Apps: []harness.App{memoryRedis()}}), 100, clients.KeepAlive{})
+	unnoticed := watch(t, n.Net, vip)
+	rounds(t, load, 1)
+	for i, p := range []struct{ phase, after string }{
+		{"look", "CONNECTED"}, {"prepare", "CONNECTED"}, {"criu", ""}, {"announce", ""}, {"freeze", "RESTORED"},
+		{"dump", "RESTORED"}, {"compare", "RESTORED"}, {"seal", "RESTORED"},
+		{"kill", "SNAPSHOTDONE"}, {"store", "SNAPSHOTDONE"}, {"hold", "SNAPSHOTDONE"},
+	} {
+		doomed(t, n, "snapshot/"+p.phase, away, "snapshot", "redis")
+		if p.after != "" {
+			must(t, n.WaitState("redis", p.after, 10*time.Second))
 		}
-		for _, phase := range []string{"look", "announce", "clear", "check", "criu", "sockets", "reconnect", "open"} {
-			snapshot(t, n, "redis", "redis-server")
-			doomed(t, n, "restore/"+phase, away, "restore", "redis")
-			if phase == "look" { // it had not begun
-				must(t, n.Ctl("restore", "redis").Err())
+		if p.after == "SNAPSHOTDONE" {
+			held(t, n, "redis", "redis-server", load, 0)
+			if s := n.Ctl("-o", "json", "snapshots", "redis"); s.Err() != nil || len(s.Stdout) < 10 {
+				t.Errorf("%s: no snapshot is stored: %v", p.phase, s)
 			}
-			must(t, n.WaitState("redis", "RESTORED", 20*time.Second))
-			rounds(t, load, 2)
-			if pids, err := n.Processes("redis-server"); err != nil || len(pids) != 1 {
-				t.Fatalf("%s: processes %v, %v", phase, pids, err)
-			}
+			wake(t, n, "redis", load.Clients[i])
 		}
-		snapshot(t, n, "redis", "redis-server")
-		wake(t, n, "redis", load.Clients[1])
 		rounds(t, load, 2)
-		unnoticed()
-	})
+	}
+	for _, phase := range []string{"look", "announce", "clear", "check", "criu", "sockets", "reconnect", "open"} {
+		snapshot(t, n, "redis", "redis-server")
+		doomed(t, n, "restore/"+phase, away, "restore", "redis")
+		if phase == "look" { // it had not begun
+			must(t, n.Ctl("restore", "redis").Err())
+		}
+		must(t, n.WaitState("redis", "RESTORED", 20*time.Second))
+		rounds(t, load, 2)
+		if pids, err := n.Processes("redis-server"); err != nil || len(pids) != 1 {
+			t.Fatalf("%s: processes %v, %v", phase, pids, err)
+		}
+	}
+	snapshot(t, n, "redis", "redis-server")
+	wake(t, n, "redis", load.Clients[1])
+	rounds(t, load, 2)
+	unnoticed()
 }
 
 // TestCRIUPreCopy: a kernel that cannot tell which memory changes is named, and the

@@ -44,7 +44,7 @@ var ioctlRequests = []ioctlRequest{
 	{control.RequestSnapshotDone, []string{"ID"}, []string{"force"}, ioctlSnapshotDone},
 	{control.RequestSnapshotAbort, nil, nil, ioctlSnapshotAbort},
 	{control.RequestRestoreStart, []string{"IP", "ID", "[OLDNODE]"}, nil, ioctlRestoreStart},
-	{control.RequestRestoreConn, []string{"LOCAL", "REMOTE", "syn|activate"}, nil, ioctlRestoreConn},
+	{control.RequestRestoreConn, []string{"LOCAL", "REMOTE", "syn|activate|image"}, nil, ioctlRestoreConn},
 	{control.RequestRestored, nil, []string{"reset-missing"}, ioctlRestored},
 	{control.RequestRestoreAbort, nil, nil, ioctlRestoreAbort},
 	{control.RequestHandover, []string{"NODE"}, []string{"out"}, ioctlHandover},
@@ -266,8 +266,8 @@ func ioctlRestoreConn(c *cli, ctx context.Context, f *control.FilterClient, app 
 		}
 		*e.to = ap.String()
 	}
-	if k := args[2]; k != control.KindSyn && k != control.KindActivate {
-		return usagef("%q: it is syn (accepted by the application) or activate (opened by it)", k)
+	if k := args[2]; k != control.KindSyn && k != control.KindActivate && k != control.KindImage {
+		return usagef("%q: it is syn (accepted by the application), activate (opened by it) or image (restored with its process)", k)
 	}
 	r, err := f.RestoreConn(ctx, connect.NewRequest(&nfconnfilterv1.RestoreConnRequest{App: app, Conns: []*nfconnfilterv1.ConnID{id}, Kind: args[2]}))
 	return c.reply(app, r, err)
