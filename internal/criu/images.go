@@ -1,6 +1,7 @@
 package criu
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"runtime"
 	"sync"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
@@ -134,15 +136,25 @@ func address(family uint32, words []uint32) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// streams reads the numbers of every socket, several at a time: there is a file for each.
+// streams reads the numbers of every socket, several at a time: there is a file for each,
+// and the process stands still meanwhile.
 func streams(dir string, inos []uint32, out []Socket) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
 	var wg sync.WaitGroup
 	n := runtime.GOMAXPROCS(0)
 	errs := make([]error, n)
 	for w := range n {
 		wg.Go(func() {
+			buf := make([]byte, 4<<10)
 			for i := w; i < len(out) && errs[w] == nil; i += n {
-				errs[w] = readStream(filepath.Join(dir, fmt.Sprintf("tcp-stream-%x.img", inos[i])), &out[i])
+				name := fmt.Sprintf("tcp-stream-%x.img", inos[i])
+				if errs[w] = stream(int(d.Fd()), name, buf, &out[i]); errs[w] != nil {
+					errs[w] = fmt.Errorf("%s: %w", filepath.Join(dir, name), errs[w])
+				}
 			}
 		})
 	}
@@ -150,22 +162,29 @@ func streams(dir string, inos []uint32, out []Socket) error {
 	return errors.Join(errs...)
 }
 
-// readStream reads the numbers of s. Its queues stand behind the entry.
-func readStream(path string, s *Socket) error {
-	var t tcp_stream.TcpStreamEntry
-	err := errNone
-	read := func(b []byte) error {
-		err = nil
-		if err := proto.Unmarshal(b, &t); err != nil {
-			return err
-		}
-		return errEnough
-	}
-	if rerr := entries(path, read); rerr != nil {
-		return rerr
-	}
+// stream reads the numbers of s with as few calls as there can be. Its queues stand
+// behind the entry.
+func stream(dir int, name string, buf []byte, s *Socket) error {
+	b, err := head(dir, name, buf)
 	if err != nil {
-		return fmt.Errorf("%s: %w", path, err)
+		return err
+	}
+	if len(b) <= magics {
+		return errNone
+	}
+	if b = b[magics:]; len(b) < 4 {
+		return errCutOff
+	}
+	n := binary.LittleEndian.Uint32(b)
+	if b = b[4:]; uint64(n) > uint64(len(b)) {
+		if len(b) == len(buf)-magics-4 {
+			return fmt.Errorf("an entry of %d octets is none of CRIU's", n)
+		}
+		return errCutOff
+	}
+	var t tcp_stream.TcpStreamEntry
+	if err := proto.Unmarshal(b[:n], &t); err != nil {
+		return err
 	}
 	s.RcvNxt, s.SndNxt, s.Unread = t.GetInqSeq(), t.GetOutqSeq(), t.GetInqLen()
 	s.SndUna = s.SndNxt - t.GetOutqLen()
@@ -196,14 +215,38 @@ func PIDs(dir string) ([]int, error) {
 	return out, err
 }
 
+// head reads the begin of a file into buf.
+func head(dir int, name string, buf []byte) ([]byte, error) {
+	fd, err := again(func() (int, error) { return unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0) })
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	n, err := again(func() (int, error) { return unix.Read(fd, buf) })
+	if err != nil {
+		return nil, err
+	}
+	return buf[:n], nil
+}
+
+// again repeats a system call that a signal has interrupted.
+func again(f func() (int, error)) (n int, err error) {
+	for n, err = f(); err == unix.EINTR; n, err = f() {
+	}
+	return n, err
+}
+
 var (
-	errEnough = errors.New("enough")
 	errNone   = errors.New("it has no entry")
+	errCutOff = errors.New("it is cut off")
 )
 
+// magics is the length of what is in front of an image's first entry.
+const magics = 8
+
 // entries calls f for each entry of an image: two magic numbers, then each entry behind
-// its length (criu/image.c). f ends it with errEnough.
-func entries(path string, f func([]byte) error) error { return entriesAt(path, 8, f) }
+// its length (criu/image.c).
+func entries(path string, f func([]byte) error) error { return entriesAt(path, magics, f) }
 
 // entriesAt is entries of an image that begins with so many octets of magic numbers.
 func entriesAt(path string, magics int64, f func([]byte) error) error {
@@ -212,19 +255,19 @@ func entriesAt(path string, magics int64, f func([]byte) error) error {
 		return err
 	}
 	defer file.Close()
-	var head [4]byte
+	var length [4]byte
 	if _, err := file.Seek(magics, io.SeekStart); err != nil {
 		return err
 	}
-	in := io.Reader(file)
+	in := bufio.NewReader(file)
 	for {
-		switch _, err := io.ReadFull(in, head[:]); {
+		switch _, err := io.ReadFull(in, length[:]); {
 		case errors.Is(err, io.EOF):
 			return nil
 		case err != nil:
 			return fmt.Errorf("%s: it is cut off: %w", path, err)
 		}
-		n := binary.LittleEndian.Uint32(head[:])
+		n := binary.LittleEndian.Uint32(length[:])
 		if n > mostEntry {
 			return fmt.Errorf("%s: an entry of %d octets is none of CRIU's", path, n)
 		}
@@ -232,10 +275,7 @@ func entriesAt(path string, magics int64, f func([]byte) error) error {
 		if _, err := io.ReadFull(in, b); err != nil {
 			return fmt.Errorf("%s: it is cut off: %w", path, err)
 		}
-		switch err := f(b); {
-		case errors.Is(err, errEnough):
-			return nil
-		case err != nil:
+		if err := f(b); err != nil {
 			return fmt.Errorf("%s: %w", path, err)
 		}
 	}

@@ -25,7 +25,7 @@ func NetworkLock(dir string) (string, error) {
 		if n := e.GetNetworkLockMethod(); int(n) < len(lockNames) {
 			lock = lockNames[n]
 		}
-		return errEnough
+		return nil
 	})
 	return lock, err
 }
