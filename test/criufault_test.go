@@ -227,12 +227,17 @@ func TestCRIUKilled(t *testing.T) {
 	// Its code is in the task then. What it cannot survive is a kill in the moment in which
 	// it puts it there.
 	t.Run("in-the-middle", func(t *testing.T) {
+		for range 1000 { // so that it has long to do with them
+			c, err := n.Dial(at(7000))
+			must(t, err)
+			defer c.Close()
+		}
 		for range 10 {
 			done := make(chan harness.Result, 1)
 			go func() { done <- n.Ctl("snapshot", "interp") }()
 			must(t, harness.Watch(reply, "CRIU dumps sockets", func() bool {
 				streams, _ := filepath.Glob(filepath.Join(imagesOf(n), ".new-*", "images", "tcp-stream-*"))
-				return len(streams) > 0
+				return len(streams) > 50
 			}))
 			if pid := criuOf(n); pid != 0 {
 				_ = syscall.Kill(pid, syscall.SIGKILL)

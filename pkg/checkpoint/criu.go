@@ -137,12 +137,25 @@ func (r *snapshotRun) dumping(action string) error {
 		}
 		r.op.enter("dump")
 	case criu.PostDump:
-		if err := r.sealImage(); err != nil {
+		r.pending.writeOut()
+		var summed <-chan error // while the filter compares them
+		if err := r.sealImage(func() { summed = r.pending.sumImages() }); err != nil {
 			return err
 		}
-		r.summed = r.pending.sumImages() // while CRIU ends the tasks
+		r.finishImages(summed) // while CRIU ends the tasks
 	}
 	return nil
+}
+
+// finishImages writes the rest of the snapshot while the caller does other things.
+func (r *snapshotRun) finishImages(summed <-chan error) {
+	done := make(chan error, 1)
+	r.finished = done
+	r.a.wg.Go(func() {
+		ctx, cancel := r.op.cleanup()
+		defer cancel()
+		done <- r.pending.finishImages(summed, func() (*pb.ConnInfoReply, error) { return r.a.connInfo(ctx, r.app.Name) })
+	})
 }
 
 // accepted waits until the application has taken the connections that its kernel has
@@ -165,13 +178,14 @@ func (r *snapshotRun) accepted() error {
 }
 
 // sealImage compares the images with what the filter knows; from here the snapshot
-// goes forward.
-func (r *snapshotRun) sealImage() error {
+// goes forward. read is called when it has read them.
+func (r *snapshotRun) sealImage(read func()) error {
 	r.op.enter("compare")
 	socks, err := r.a.images.sockets(r.imagesAt())
 	if err != nil {
 		return fmt.Errorf("the images: %w", err)
 	}
+	read()
 	req := &pb.SealRequest{App: r.app.Name}
 	for i := range socks {
 		k := &socks[i]
@@ -340,5 +354,5 @@ func (r *snapshotRun) sealAgain() error {
 	if err := r.scoped(); err != nil {
 		return err
 	}
-	return r.sealImage()
+	return r.sealImage(func() {})
 }

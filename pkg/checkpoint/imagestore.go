@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"os"
 	"path"
@@ -14,8 +13,11 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	nfconnfilterv1 "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
 
 // Images in the store: in a directory of the snapshot, each with its checksum in the
@@ -96,24 +98,38 @@ func (s store) reopen(m Manifest, temp string) (*pendingSnapshot, error) {
 	return p, nil
 }
 
+// writeOut begins to have the images on the disk, all of them: sumImages waits for it.
+func (p *pendingSnapshot) writeOut() {
+	p.written = make(chan error, 1)
+	go func() {
+		dir, err := p.store.open()
+		if err == nil {
+			defer dir.Close()
+			err = syncImages(dir, filepath.Join(p.temp, imagesDir))
+		}
+		p.written <- err
+	}()
+}
+
 // sumImages notes the checksum of every image, and has the images on the disk. It
 // goes on while the caller does other things; what it gives ends it.
 func (p *pendingSnapshot) sumImages() <-chan error {
+	if p.written == nil {
+		p.writeOut()
+	}
 	done := make(chan error, 1)
 	go func() { done <- p.sum() }()
 	return done
 }
 
 func (p *pendingSnapshot) sum() error {
+	var sums map[string]string
 	dir, err := p.store.open()
-	if err != nil {
-		return fmt.Errorf("snapshot store: %w", err)
+	if err == nil {
+		defer dir.Close()
+		sums, err = sumImages(dir, p.temp)
 	}
-	defer dir.Close()
-	synced := make(chan error, 1)
-	go func() { synced <- syncImages(dir, filepath.Join(p.temp, imagesDir)) }()
-	sums, err := sumImages(dir, p.temp)
-	if err = errors.Join(err, <-synced); err != nil {
+	if err = errors.Join(err, <-p.written); err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
 	}
 	p.images = sums
@@ -150,6 +166,28 @@ func sumImages(dir *os.Root, snapshot string) (map[string]string, error) {
 // parentLink is what CRIU leaves in a directory of images to find those of the pre-dump.
 const parentLink = "parent"
 
+// finishImages writes what the manifest and the connections are in the end, which info
+// asks for.
+func (p *pendingSnapshot) finishImages(summed <-chan error, info func() (*nfconnfilterv1.ConnInfoReply, error)) error {
+	dir, err := p.store.open()
+	if err != nil {
+		return errors.Join(fmt.Errorf("snapshot store: %w", err), <-summed)
+	}
+	defer dir.Close()
+	var b []byte
+	conns, err := info()
+	if err == nil {
+		b, err = p.describe(conns)
+	}
+	if err == nil {
+		err = p.writeConnections(dir, b)
+	}
+	if err = errors.Join(err, <-summed); err != nil {
+		return err
+	}
+	return p.writeManifest(dir)
+}
+
 // syncImages writes a directory's files out: one request for all of them, there are
 // thousands.
 func syncImages(dir *os.Root, name string) error {
@@ -164,14 +202,15 @@ func syncImages(dir *os.Root, name string) error {
 	return nil
 }
 
-// sumDir gives the SHA-256 of each file of a directory, in hexadecimal.
+// sumDir gives the SHA-256 of each file of a directory, in hexadecimal. There are
+// thousands of small ones: each costs but what the kernel takes for it.
 func sumDir(dir *os.Root, name string) (map[string]string, error) {
 	d, err := dir.Open(name)
 	if err != nil {
 		return nil, err
 	}
+	defer d.Close()
 	names, err := d.Readdirnames(-1)
-	d.Close()
 	if err != nil {
 		return nil, err
 	}
@@ -188,10 +227,18 @@ func sumDir(dir *os.Root, name string) (map[string]string, error) {
 	n := runtime.GOMAXPROCS(0)
 	errs := make([]error, n)
 	var wg sync.WaitGroup
+	var next atomic.Int64
 	for w := range n {
 		wg.Go(func() {
-			for i := w; i < len(names) && errs[w] == nil; i += n {
-				out[i], errs[w] = sumFile(dir, filepath.Join(name, names[i]))
+			buf := make([]byte, 64<<10)
+			for errs[w] == nil {
+				i := int(next.Add(1)) - 1
+				if i >= len(names) {
+					return
+				}
+				if out[i], errs[w] = sumFile(int(d.Fd()), names[i], buf); errs[w] != nil {
+					errs[w] = fmt.Errorf("%s: %w", filepath.Join(name, names[i]), errs[w])
+				}
 			}
 		})
 	}
@@ -203,20 +250,39 @@ func sumDir(dir *os.Root, name string) (map[string]string, error) {
 	return sums, errors.Join(errs...)
 }
 
-func sumFile(dir *os.Root, name string) (string, error) {
-	f, err := dir.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+func sumFile(dir int, name string, buf []byte) (string, error) {
+	fd, err := again(func() (int, error) {
+		return unix.Openat(dir, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	})
 	if err != nil {
 		return "", err
 	}
-	defer f.Close()
-	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
-		return "", errors.Join(err, fmt.Errorf("%s is no regular file", name))
-	}
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
 		return "", err
 	}
-	return hex.EncodeToString(h.Sum(nil)), nil
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return "", errors.New("it is no regular file")
+	}
+	h := sha256.New()
+	for {
+		n, err := again(func() (int, error) { return unix.Read(fd, buf) })
+		if err != nil {
+			return "", err
+		}
+		if n == 0 {
+			return hex.EncodeToString(h.Sum(nil)), nil
+		}
+		h.Write(buf[:n])
+	}
+}
+
+// again repeats a system call that a signal has interrupted.
+func again(f func() (int, error)) (n int, err error) {
+	for n, err = f(); err == unix.EINTR; n, err = f() {
+	}
+	return n, err
 }
 
 // checkImages compares the images of a snapshot with its manifest: each is there as it

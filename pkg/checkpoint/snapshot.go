@@ -50,7 +50,7 @@ type snapshotRun struct {
 	id        string       // known from an earlier agent
 	criu      criuRef      // CRIU's process
 	announced func() error // waits for the end of announce
-	summed    <-chan error // the images have their checksums and are on the disk
+	finished  <-chan error // all of a snapshot with images is on the disk
 	parent    string       // directory of a pre-dump
 	temp      string       // of images that an earlier agent has written
 	callers   string       // directory of images that the caller's CRIU writes; "": they are ours, or none
@@ -488,14 +488,14 @@ func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
 	// With everything accounted for nothing has moved since.
 	var moved *pb.ConnInfoReply
 	var serr error
-	if r.force || r.byImage() {
-		moved, serr = r.a.connInfo(ctx, r.app.Name)
-	}
-	if r.byImage() && r.callers == "" {
-		if r.summed == nil { // an earlier agent has written them
-			r.summed = r.pending.sumImages()
+	switch {
+	case r.byImage() && r.callers == "":
+		if r.finished == nil { // an earlier agent has written them
+			r.finishImages(r.pending.sumImages())
 		}
-		serr = errors.Join(serr, <-r.summed)
+		serr = <-r.finished
+	case r.force || r.byImage():
+		moved, serr = r.a.connInfo(ctx, r.app.Name)
 	}
 	if serr == nil {
 		serr = r.pending.commit(moved)

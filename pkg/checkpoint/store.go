@@ -98,6 +98,7 @@ type pendingSnapshot struct {
 	temp, final string // below the store's directory
 	manifest    Manifest
 	images      map[string]string // checksums
+	written     chan error        // the images are on the disk
 }
 
 // begin makes the directory of a new snapshot and writes what is known, so
@@ -128,20 +129,38 @@ func (s store) begin(m Manifest, conns *nfconnfilterv1.ConnInfoReply) (*pendingS
 	return p, nil
 }
 
-// write puts both files down durably.
+// write puts both files down durably, at once: each waits for the disk.
 func (p *pendingSnapshot) write(dir *os.Root, conns *nfconnfilterv1.ConnInfoReply) error {
+	b, err := p.describe(conns)
+	if err != nil {
+		return err
+	}
+	written := make(chan error, 1)
+	go func() { written <- p.writeConnections(dir, b) }()
+	return errors.Join(p.writeManifest(dir), <-written)
+}
+
+// describe makes the octets of the file of connections; the manifest has their checksum.
+func (p *pendingSnapshot) describe(conns *nfconnfilterv1.ConnInfoReply) ([]byte, error) {
 	b, err := protojson.MarshalOptions{Multiline: true, UseProtoNames: true}.Marshal(conns)
 	if err != nil {
-		return fmt.Errorf("snapshot store: %w", err)
+		return nil, fmt.Errorf("snapshot store: %w", err)
 	}
 	sum := sha256.Sum256(b)
 	p.manifest.Files = map[string]string{connectionsFile: hex.EncodeToString(sum[:])}
-	maps.Copy(p.manifest.Files, p.images)
-	m, err := json.MarshalIndent(p.manifest, "", "  ")
-	if err != nil {
+	return b, nil
+}
+
+func (p *pendingSnapshot) writeConnections(dir *os.Root, b []byte) error {
+	if err := writeAtomic(dir, filepath.Join(p.temp, connectionsFile), b, 0o600); err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
 	}
-	err = writeAtomic(dir, filepath.Join(p.temp, connectionsFile), b, 0o600)
+	return nil
+}
+
+func (p *pendingSnapshot) writeManifest(dir *os.Root) error {
+	maps.Copy(p.manifest.Files, p.images)
+	m, err := json.MarshalIndent(p.manifest, "", "  ")
 	if err == nil {
 		err = writeAtomic(dir, filepath.Join(p.temp, manifestFile), append(m, '\n'), 0o600)
 	}
@@ -169,7 +188,9 @@ func (p *pendingSnapshot) commit(conns *nfconnfilterv1.ConnInfoReply) error {
 			return fmt.Errorf("snapshot store: %w", err)
 		}
 	}
-	if err := errors.Join(syncDir(dir, filepath.Dir(p.final)), syncDir(dir, ".")); err != nil {
+	above := make(chan error, 1)
+	go func() { above <- syncDir(dir, ".") }()
+	if err := errors.Join(syncDir(dir, filepath.Dir(p.final)), <-above); err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
 	}
 	return nil
