@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -252,6 +253,9 @@ func TestActionEnds(t *testing.T) {
 			}
 			if all, err := a.store.list("redis"); err != nil || (len(all) > 0) != (c.state == control.StateSnapshotDone) {
 				t.Errorf("snapshots %v, %v", all, err)
+			}
+			if left, _ := filepath.Glob(filepath.Join(a.store.dir, "redis", tempPrefix+"*")); len(left) > 0 {
+				t.Errorf("in the store stays %v", left)
 			}
 			if in, err := a.intents.load("redis"); in != nil || err != nil {
 				t.Errorf("a record stays: %+v, %v", in, err)

@@ -125,6 +125,15 @@ func (r *actionRun) beginHeld() error {
 	return nil
 }
 
+// activateAll is clear where no old socket can be.
+func (r *restoreRun) activateAll() error {
+	info, err := r.a.connInfo(r.op.ctx, r.app.Name)
+	if err != nil {
+		return err
+	}
+	return r.activate(info)
+}
+
 // back looks what CRIU has made; the tasks stand still.
 func (r *actionRun) back(pid int) (err error) {
 	d := r.restore

@@ -11,6 +11,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/nfconnfilter/nfconnfilter/internal/criu"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
@@ -86,6 +87,7 @@ func (l *logLines) Write(b []byte) (int, error) {
 // TestActionSnapshotIsTheCallers: what the caller's CRIU has written is for him to restore.
 func TestActionSnapshotIsTheCallers(t *testing.T) {
 	w, a, c := newCRIU(t, 1)
+	a.cfg.Cluster.Nodes = []config.ClusterNode{{Name: "node-a"}, {Name: "node-b"}}
 	acts(t, a, criu.PreDump, criu.PostDump)
 	c.kills()
 	idle(t, a)
@@ -98,8 +100,8 @@ func TestActionSnapshotIsTheCallers(t *testing.T) {
 		t.Errorf("restore: %v", err)
 	}
 	_, err = a.Migrate(t.Context(), connect.NewRequest(&pb.AgentMigrateRequest{App: "redis", ToNode: "node-b"}))
-	if err == nil {
-		t.Error("migrate succeeds")
+	if err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("migrate: %v", err)
 	}
 	for range 3 {
 		if err := a.requested(testVIP); err != nil {

@@ -262,15 +262,6 @@ func (a *agent) destroyOld(socks sockets, app *config.App, held map[string]bool)
 	return len(old), nil
 }
 
-// activateAll is clear where no old socket can be.
-func (r *restoreRun) activateAll() error {
-	info, err := r.a.connInfo(r.op.ctx, r.app.Name)
-	if err != nil {
-		return err
-	}
-	return r.activate(info)
-}
-
 // activate marks connections that local had opened: the application opens them
 // again as soon as it runs.
 func (r *restoreRun) activate(info *pb.ConnInfoReply) error {
