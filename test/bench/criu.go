@@ -37,7 +37,8 @@ const (
 
 // dumps measures, with idle Redis clients, a snapshot by image against CRIU alone,
 // without a lock for its connections and with its own; in turn, after one round that
-// does not count. Figures beyond the limits are shown as such, and are no failure.
+// does not count. It is fairest with TMPDIR on a file system where nobody else deletes
+// or writes. Figures beyond the limits are shown as such, and are no failure.
 func dumps(bin string, rounds, only int) error {
 	out, err := exec.Command(filepath.Join(filepath.Dir(bin), "scripts", "criu.sh")).Output()
 	if err != nil {
