@@ -35,15 +35,17 @@ func TestStructuresRound(t *testing.T) {
 
 // Those of another version are named, whatever is in them.
 func TestStructuresVersion(t *testing.T) {
-	st, err := decodeStructures([]byte{0x18, 99, 0x60, 0xff})
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := filter.New(filter.Config{})
-	var fx filter.Effects
-	e.Step(1, filter.Event{Request: &filter.Request{Body: &filter.RestoreStart{App: "a", OldNode: "b", Given: st}}}, &fx)
-	if err := fx.Replies[0].Err; err == nil || !errors.Is(err, filter.ErrStructures) || !strings.Contains(err.Error(), "of version 99, this filter takes version 2; run the same version") {
-		t.Error(err)
+	for version, b := range map[string][]byte{"99": {0x18, 99, 0x60, 0xff}, "1": {1, 0x60}} {
+		st, err := decodeStructures(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := filter.New(filter.Config{})
+		var fx filter.Effects
+		e.Step(1, filter.Event{Request: &filter.Request{Body: &filter.RestoreStart{App: "a", OldNode: "b", Given: st}}}, &fx)
+		if err := fx.Replies[0].Err; err == nil || !errors.Is(err, filter.ErrStructures) || !strings.Contains(err.Error(), "of version "+version+", this filter takes version 2; run the same version") {
+			t.Error(err)
+		}
 	}
 }
 
@@ -159,6 +161,14 @@ func FuzzStructures(f *testing.F) {
 	add(func(st *filter.Structures) {
 		st.App.Spool, st.App.Heartbeats = 64, []filter.Heartbeat{{Send: []byte("x"), Interval: 1}}
 	}, "dtttcR")
+	add(func(st *filter.Structures) {
+		st.App.Silent, st.App.Imaged = true, true
+		for i := range st.Conns {
+			c := &st.Conns[i]
+			c.Image, c.ImgUna, c.ImgSnd, c.ImgEnd, c.ImgRcv, c.ImgWup, c.Unread = true, c.SndUna, c.SndNxt, c.SndNxt, c.RcvNxt, c.RcvNxt, i > 0
+			c.Half = i == 1
+		}
+	}, "dtcRSfD")
 	f.Add([]byte{filter.StructuresVersion, 0x60}, []byte{})
 	f.Fuzz(func(t *testing.T, b, life []byte) {
 		if len(life) > 64 {

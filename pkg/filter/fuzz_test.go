@@ -150,6 +150,10 @@ func play(t *testing.T, in []byte) uint64 {
 				restart(next())
 				continue
 			}
+			if op >= 200 {
+				byImage(e, now, &store, next, conn, req)
+				continue
+			}
 			now += int64(binary.LittleEndian.Uint16([]byte{next(), next()})) * 1e9
 			step(filter.Event{})
 		}

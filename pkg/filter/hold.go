@@ -60,6 +60,9 @@ func (e *Engine) held(now Time, a *app, c *conn, id ConnID, p *Packet, fx *Effec
 		// Both sides and acknowledged, or before anything was captured; but not while local still works on its end.
 		ended := c.state == appstate.Closing && c.finOut && !c.half && (c.learned && c.finIn && c.finOutEnd.LessEq(c.ep.SndUna) || !c.learned && a.sealed)
 		switch {
+		case c.state == appstate.Rst && c.image: // the restored socket is told of the reset before it gets the SYN
+			e.heldUnknown(now, a, id, p, fx)
+			return
 		case c.state == appstate.Rst && c.hsStarted:
 			fx.drop(HeldRstIgnored) // local is to be told first; it comes again
 			return
@@ -207,7 +210,7 @@ func (e *Engine) heldReset(c *conn, fx *Effects) {
 	c.answered()
 	switch c.state {
 	case appstate.Closing:
-		if c.finOut || c.turned { // local has ended its side, too
+		if c.finOut && !c.half || c.turned { // local has ended its side, too
 			e.remove(c, fx)
 			return
 		}

@@ -437,6 +437,9 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 		s.FillChecksum()
 	}
 	c.observeOut(now, s, true)
+	if c.app.silent && c.app.state == appstate.SnapshotFreeze {
+		e.mark(c)
+	}
 	if c.redoAt != 0 && !c.spooled && s.Has(packet.ACK) {
 		e.taken(now, c, s.Ack)
 	}

@@ -187,7 +187,7 @@ func (e *Engine) toLocal(c *conn, flags uint8) packet.Spec {
 // then the window that was closed.
 func (e *Engine) open(now Time, c *conn, fx *Effects) {
 	c.frozen, c.sealed, c.confirmed, c.localGone, c.inKnown = false, false, false, false, false
-	c.fwd, c.asks = false, 0
+	c.fwd, c.asks, c.ep.Behind = false, 0, false
 	c.closeWait, c.shut = false, c.ep.Closed || c.reloaded // an earlier filter may have closed it
 	c.answered()
 	c.opened, c.hsEnd = now, c.ep.SndNxt

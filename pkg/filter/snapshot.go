@@ -74,6 +74,7 @@ func (e *Engine) snapshotFreeze(now Time, b *SnapshotFreeze, a *app, fx *Effects
 		a.freezeAll()
 	}
 	for _, c := range a.conns {
+		c.half = c.half && b.Silent
 		e.freezeQuiet(now, c)
 	}
 	a.tickAt = now + 1 // local is asked behind the answer

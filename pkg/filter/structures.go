@@ -12,6 +12,8 @@ import (
 
 // StructuresVersion is that of the structures that filters hand over. A filter
 // takes only its own: a field that it does not know may be one that matters.
+//
+// 2: an application may be held by an image (ConnRecord.Image and what belongs to it).
 const StructuresVersion = 2
 
 // Structures are everything that the filter of another node needs to speak for an
@@ -252,6 +254,7 @@ func (e *Engine) take(now Time, a *app, st *Structures, fx *Effects, why string)
 	r := &st.App
 	a.snapID, a.listen, a.quiet = r.SnapshotID, r.Listen, max(r.Quiet, 1)
 	a.sealed, a.passCloses, a.abortOnData = true, r.PassCloses, r.AbortOnData
+	a.silent, a.imaged = r.Silent, r.Imaged
 	a.wake, a.wakeWhy, a.wakeAt, a.wakeTries = r.Wake, HeldData, 0, 0
 	a.spool, a.wakeFull, a.heartbeats = max(r.Spool, 0), r.WakeFull, r.Heartbeats
 	a.bytesIn, a.bytesOut = r.BytesIn, r.BytesOut

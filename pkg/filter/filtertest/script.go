@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"fmt"
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -35,6 +34,13 @@ import (
 //	newlocal NAME ISS TS [lscale N | without ts|sack|scale | port N]
 //	                                         the next local socket of the connection; port: its
 //	                                         own, where the application opens it
+//	image NAME none | WORDS...               what of the socket is in the image that the next SEAL
+//	                                         image brings, where it is not what the socket is: una ±N
+//	                                         nxt ±N rcv ±N ts ±N unread N wup ±N (LocalWup), lwin N
+//	                                         rwin N (octets), closed local|remote|both|none,
+//	                                         without ts
+//	restored NAME...                         the local socket is again what the image says, with its
+//	                                         numbers, and without the remote's clock
 //	behind                                   the application is in a network namespace behind the node
 //	raw HEX                                  octets from the network, or from behind the node
 //	silent on|off                            whether the local stack answers by itself
@@ -44,6 +50,8 @@ import (
 //	node NAME [SKEW]                         what follows is on that node, the first is a; its clock
 //	                                         is SKEW ahead of node a's
 //	request WORDS...                         as in ckptctl ioctl, GETCONNINFO too; besides
+//	                                         SNAPSHOTSTART silent ..., SNAPSHOTFREEZE silent,
+//	                                         SEAL image, RESTORECONN NAME... image;
 //	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
 //	                                         ADOPT stale NAME, SNAPSHOTSTART line|resp
 //	                                         or line NAME, whose socket shows 2 s of silence;
@@ -52,9 +60,7 @@ import (
 //	                                         SNAPSHOTFREEZE pass-closes, abort-on-data and a boundary,
 //	                                         spool=N, wake=full, heartbeat=MATCH>REPLY,
 //	                                         beat=SEND@INTERVAL, beat-closed=SEND@INTERVAL;
-//	                                         SNAPSHOTSTART silent, SNAPSHOTFREEZE silent,
-//	                                         SEAL image [NAME:WORD,...]..., see imageWord; -NAME: not in it,
-//	                                         RESTORECONN NAME... [activate|image],
+//	                                         RESTORECONN NAME... [activate],
 //	                                         HANDOVER NODE [ID], HANDBACK NODE, RELEASE [NODE|--force],
 //	                                         YIELD and UNYIELD (of RESTOREABORT), STATUS,
 //	                                         RESTORESTART ID from NODE [alone]: with what was handed
@@ -160,6 +166,10 @@ func (w *World) line(line string) error {
 		}
 		w.goTo(arg(1), skew)
 		return nil
+	case "image":
+		return w.imageLine(f[1:])
+	case "restored":
+		return w.restoredLine(f[1:])
 	case "restart":
 		if l := w.links[arg(2)]; arg(1) == "lost" && l != nil {
 			delete(w.flows, l.raddr)
@@ -268,6 +278,7 @@ func (w *World) dial(l *link) {
 	w.deliver(filter.HookPrerouting, w.segment(l, true, packet.SYN|packet.ACK, 0, 0, nil, nil))
 	l.remote.nxt = l.remote.nxt.Add(1)
 	l.local.rcv, l.local.seen, l.local.at = l.remote.nxt, l.remote.ts, w.now
+	l.local.una = l.local.nxt
 	l.local.seenAt, l.remote.seenAt = w.now, w.now
 	l.remote.told = l.remote.nxt
 }
@@ -290,6 +301,7 @@ func (w *World) open(l *link) {
 	l.local.seenAt, l.remote.seenAt = w.now, w.now
 	w.deliver(filter.HookPostrouting, w.segment(l, false, packet.SYN|packet.ACK, 0, 0, nil, nil))
 	l.local.nxt = l.local.nxt.Add(1)
+	l.local.una, l.local.peerFin, l.local.clockless = l.local.nxt, false, false
 	l.remote.rcv, l.remote.base, l.remote.told, l.remote.seen = l.local.nxt, l.local.iss, l.remote.iss.Add(1), l.local.ts
 }
 
@@ -416,6 +428,7 @@ func (w *World) arrive(l *link, fromRemote bool) {
 	if !fromRemote && s.Has(packet.ACK) && l.remote.told.Less(s.Ack) {
 		l.remote.told = s.Ack
 	}
+	other.noteFin(&s)
 	if other.heard(w.now, &s); s.Seq == other.rcv && s.Flags&packet.SYN == 0 {
 		if s.PayloadLen() > 0 {
 			other.at = w.now
@@ -424,135 +437,6 @@ func (w *World) arrive(l *link, fromRemote bool) {
 		other.rcv = s.End()
 	} else if other.rcv.Less(s.Seq) && s.PayloadLen() > 0 {
 		other.ahead = []seqnum.Value{s.Seq, s.End()}
-	}
-}
-
-func (w *World) requestLine(f []string) error {
-	if len(f) == 0 {
-		return fmt.Errorf("a request is needed")
-	}
-	arg := func(i int) string {
-		if i < len(f) {
-			return f[i]
-		}
-		return ""
-	}
-	if w.between(f) {
-		return nil
-	}
-	app := w.app
-	switch f[0] {
-	case "SNAPSHOTSTART":
-		r := &filter.SnapshotStart{App: app, Listen: []uint16{6379}, LeaveOut: arg(1) == "leave-out"}
-		r.Silent = arg(1) == "silent"
-		if arg(1) == "line" || arg(1) == "resp" {
-			r.Boundary = arg(1)
-		}
-		if arg(1) != "blind" {
-			r.Sockets = w.sockets(arg(1), arg(2))
-		}
-		if arg(3) != "" {
-			n, err := strconv.ParseUint(arg(3), 10, 32)
-			if err != nil {
-				return err
-			}
-			sendQueue(r.Sockets, uint32(n))
-		}
-		w.request(r)
-		w.advance(20 * time.Millisecond)
-	case "GETCONNINFO":
-		w.request(&filter.GetConnInfo{App: app})
-	case "ADOPT":
-		r := &filter.Adopt{App: app, Listen: []uint16{6379}, At: w.now + w.skew}
-		if arg(1) == "stale" { // as it was two seconds ago
-			r.Sockets, r.At = w.sockets("without", arg(2)), w.now+w.skew-2e9
-		} else {
-			r.Sockets = w.sockets(arg(1), arg(2))
-		}
-		w.request(r)
-	case "SNAPSHOTFREEZE":
-		r := &filter.SnapshotFreeze{App: app}
-		for _, word := range f[1:] {
-			if err := freezeWord(r, word); err != nil {
-				return err
-			}
-		}
-		w.request(r)
-	case "SEAL":
-		r := &filter.Seal{App: app}
-		if arg(1) == "image" {
-			var err error
-			if r.Image, err = w.image(f[2:]); err != nil {
-				return err
-			}
-		}
-		w.request(r)
-	case "SNAPSHOTDONE":
-		w.request(&filter.SnapshotDone{App: app, ID: arg(1), Force: arg(2) == "--force"})
-	case "SNAPSHOTABORT":
-		w.request(&filter.SnapshotAbort{App: app})
-	case "RESTORECONN":
-		r := &filter.RestoreConn{App: app, Kind: "syn"}
-		if k := f[len(f)-1]; k == "activate" || k == "image" {
-			r.Kind = k
-		}
-		for _, n := range f[1:] {
-			if l := w.links[n]; l != nil {
-				r.Conns = append(r.Conns, filter.ConnID{Local: l.laddr, Remote: l.raddr})
-			}
-		}
-		w.request(r)
-	case "RESTORED":
-		w.request(&filter.Restored{App: app, ResetMissing: arg(1) == "--reset"})
-	case "RESTOREABORT":
-		w.request(&filter.RestoreAbort{App: app})
-	case "UNREGISTER":
-		w.request(&filter.Unregister{App: app, Force: arg(1) == "--force"})
-	default:
-		return fmt.Errorf("unknown request %q", f[0])
-	}
-	return nil
-}
-
-// sockets is what sock_diag would show. "without NAME" leaves one out: it was
-// opened after the look; "closing NAME,..." shows some in FIN_WAIT1.
-func (w *World) sockets(how, name string) []filter.Socket {
-	out := []filter.Socket{}
-	for _, l := range w.order {
-		closing := how == "closing" && slices.Contains(strings.Split(name, ","), l.name)
-		if l.local.nxt == l.local.iss || l.local.fin && !closing || how == "without" && l.name == name {
-			continue
-		}
-		idle := w.now - l.local.at
-		if idle < 24*3600e9 { // shorter times do not matter to any scenario
-			idle = 0
-		}
-		sent := filter.Time(0)
-		took := uint64(l.local.rcv.Size(l.remote.iss.Add(1)))
-		if how == "line" && strings.TrimSuffix(name, "!") == l.name {
-			idle, sent = 2e9, 2e9
-			if l.name != name {
-				took--
-			}
-		}
-		out = append(out, filter.Socket{
-			LastRecv: idle, LastSent: sent,
-			ID:          filter.ConnID{Local: l.own, Remote: l.raddr},
-			Established: !closing, LocalClosed: closing, CloseWait: !closing && l.remote.fin && l.local.rcv == l.remote.nxt, Passive: !l.active, HasInfo: true,
-			TS: l.ts, SACK: l.sack, WScale: l.scale >= 0, RemoteScale: uint8(max(l.scale, 0)), LocalScale: l.lscale,
-			SndMSS: 1448, BytesReceived: took,
-			BytesAcked: uint64(l.remote.rcv.Size(l.remote.rcvBase().Add(1))),
-		})
-	}
-	return out
-}
-
-// sendQueue has those that are closing show n octets unacknowledged.
-func sendQueue(socks []filter.Socket, n uint32) {
-	for i := range socks {
-		if socks[i].LocalClosed {
-			socks[i].SendQueue = n
-		}
 	}
 }
 

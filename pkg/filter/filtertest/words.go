@@ -21,11 +21,11 @@ func freezeWord(r *filter.SnapshotFreeze, word string) error {
 	case word == "pass-closes":
 		r.PassCloses = true
 		return nil
-	case word == "abort-on-data":
-		r.AbortOnData = true
-		return nil
 	case word == "silent":
 		r.Silent = true
+		return nil
+	case word == "abort-on-data":
+		r.AbortOnData = true
 		return nil
 	case !ok:
 		r.Boundary = word
@@ -226,7 +226,7 @@ func (w *World) conns(list *filter.ConnList) {
 			for _, f := range []struct {
 				is   bool
 				name string
-			}{{c.Translated, "translated"}, {c.Closed, "window closed"}, {c.RemoteClosed, "remote closed"}} {
+			}{{c.Translated, "translated"}, {c.Closed, "window closed"}, {c.RemoteClosed, "remote closed"}, {c.Image, "in the image"}, {c.Image && c.Reestablished, "back"}} {
 				if f.is {
 					w.printf(", %s", f.name)
 				}

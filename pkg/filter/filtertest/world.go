@@ -29,6 +29,11 @@ type end struct {
 	seen     uint32         // newest TSval that it took (TS.Recent), which it echoes
 	win      uint16
 	fin      bool // it has closed
+
+	una       seqnum.Value // of local: what it knows to be acknowledged
+	peerFin   bool         // of local: it has taken the remote's FIN
+	clockless bool         // restored, and what it acknowledged last is wup
+	wup       seqnum.Value
 }
 
 // link is a connection of a scenario: a remote, and the local socket of the
@@ -48,6 +53,9 @@ type link struct {
 	option        []byte // one more in SYN and SYN-ACK
 	lacks         string // what the new local side's SYN-ACK does not have
 	tfo           bool   // local takes octets of a SYN (RFC 7413)
+
+	override []string            // words of the image
+	imaged   *filter.ImageSocket // what the last image says
 }
 
 // World is an engine with everything around it.
@@ -66,6 +74,7 @@ type World struct {
 	replay uint64
 	lose   bool // the segment of this line is lost
 	silent bool // the local stack does not answer by itself
+	takes  bool // remotes take what the filter says
 	errs   []string
 	store  Store                   // what was recorded
 	flows  map[netip.AddrPort]bool // remotes in the set of translated flows
@@ -296,6 +305,9 @@ func (w *World) sent(b []byte, later [][]byte) func() {
 	if l := w.byID[filter.ConnID{Local: s.Src, Remote: s.Dst}]; l != nil && l.remote.base != 0 {
 		w.consistent(&l.remote, &s)
 		l.remote.heard(w.now, &s)
+		if w.takes && s.Seq == l.remote.rcv && s.Len() > 0 {
+			l.remote.got, l.remote.rcv = append(l.remote.got, s.Payload()...), s.End()
+		}
 	}
 	w.printf("    to remote %s\n", w.describe(&s))
 	return nil
@@ -335,7 +347,11 @@ func (w *World) answerAsk(l *link, left seqnum.Value) {
 // (RFC 7323 section 4.3).
 func (e *end) heard(now filter.Time, s *packet.Segment) {
 	const outdated = 24 * 24 * 3600e9 // section 5.5
+	e.acked(s)
 	fits := s.Seq.LessEq(e.rcv) && e.rcv.LessEq(s.End().Add(1))
+	if e.clockless {
+		fits = s.Seq.LessEq(e.wup) && e.wup.LessEq(s.End().Add(1))
+	}
 	if s.Opt.HasTS && (s.Has(packet.SYN) || fits && (!seqnum.NewerTS(e.seen, s.Opt.TSVal) || now-e.seenAt >= outdated)) {
 		e.seen, e.seenAt = s.Opt.TSVal, now
 	}
@@ -344,6 +360,7 @@ func (e *end) heard(now filter.Time, s *packet.Segment) {
 // localTakes lets the model of the local stack take an injected segment: SYN
 // is answered, octets in order are acknowledged.
 func (w *World) localTakes(l *link, s *packet.Segment) {
+	l.local.noteFin(s)
 	l.local.heard(w.now, s)
 	switch {
 	case l.active && s.Flags&(packet.SYN|packet.ACK) == packet.SYN|packet.ACK && s.Ack == l.local.nxt:
@@ -396,6 +413,7 @@ func (w *World) segment(l *link, fromRemote bool, flags uint8, dseq, dack int64,
 	sp := packet.Spec{Src: src, Dst: dst, Seq: e.nxt.Add(uint32(dseq)), Flags: flags, Window: e.win, Payload: data}
 	if flags&packet.ACK != 0 {
 		sp.Ack = e.rcv.Add(uint32(dack))
+		e.clockless = false
 	}
 	if win != nil {
 		sp.Window = *win
