@@ -40,10 +40,10 @@ func criuOf(n *harness.Node) int {
 	return 0
 }
 
-// doing tells what the agent does with the interpreter: OPERATION/PHASE.
-func doing(n *harness.Node) string {
+// doing tells what the agent does with an application: OPERATION/PHASE; "/" where nothing.
+func doing(n *harness.Node, app string) string {
 	var p struct{ Operation, Phase string }
-	if n.AgentAPI(time.Second, "Progress", map[string]string{"app": "interp"}, &p) != nil {
+	if n.AgentAPI(time.Second, "Progress", map[string]string{"app": app}, &p) != nil {
 		return ""
 	}
 	return p.Operation + "/" + p.Phase
@@ -211,7 +211,7 @@ func TestCRIUKilled(t *testing.T) {
 			must(t, n.Hold(f.point))
 			done := make(chan harness.Result, 1)
 			go func() { done <- n.Ctl("snapshot", "interp") }()
-			must(t, harness.Watch(reply, f.point, func() bool { return doing(n) == f.point }))
+			must(t, harness.Watch(reply, f.point, func() bool { return doing(n, "interp") == f.point }))
 			kill(t)
 			must(t, n.Hold())
 			r := <-done
@@ -294,7 +294,8 @@ func TestCRIUAgentCrash(t *testing.T) {
 			must(t, n.Ctl("restore", "redis").Err())
 		}
 		must(t, n.WaitState("redis", "RESTORED", 20*time.Second))
-		rounds(t, load, 2)
+		rounds(t, load, 2) // clients may be faster than the agent's last step
+		must(t, harness.Watch(5*time.Second, "the restore ends", func() bool { return doing(n, "redis") == "/" }))
 		if pids, err := n.Processes("redis-server"); err != nil || len(pids) != 1 {
 			t.Fatalf("%s: processes %v, %v", phase, pids, err)
 		}

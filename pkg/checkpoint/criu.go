@@ -231,12 +231,19 @@ func (r *restoreRun) image() error {
 	}
 	m, err := r.a.store.imagesOf(r.app.Name, r.id)
 	if err != nil || m == nil {
-		return err
+		return err // clear tells where connections are in the middle of what only images know
 	}
 	r.manifest = m
 	r.whole = make(chan error, 1)
 	r.a.wg.Go(func() { r.whole <- r.trustedImages() })
 	return nil
+}
+
+// noImages is the error of a restore that would start the application anew although its
+// connections are in the middle of what another process knows.
+func (r *restoreRun) noImages() error {
+	return fmt.Errorf("its process is to be made again from the images of snapshot %s, and they are not in %s; put that directory back from another copy or give the application up (ckptctl stop %s --discard)",
+		r.id, r.imagesDir(), r.app.Name)
 }
 
 // imagesDir is where the images are.

@@ -247,6 +247,14 @@ func TestImageRestoreFails(t *testing.T) {
 		"missing": {text: "is missing",
 			set:  func(_ *world, a *agent, _ *fakeImager) { _ = os.Rename(image(a, "files.img"), a.store.dir+"/x") },
 			undo: func(_ *world, a *agent, _ *fakeImager) { _ = os.Rename(a.store.dir+"/x", image(a, "files.img")) }},
+		"no snapshot": {text: "put that directory back",
+			set: func(_ *world, a *agent, _ *fakeImager) {
+				_ = os.Rename(filepath.Dir(image(a, "")), a.store.dir+"/x")
+			},
+			undo: func(_ *world, a *agent, _ *fakeImager) {
+				w, _ := a.status(context.Background(), "redis")
+				_ = os.Rename(a.store.dir+"/x", filepath.Join(a.store.dir, "redis", w.SnapshotId))
+			}},
 		"added": {text: "is not in the manifest",
 			set:  func(_ *world, a *agent, _ *fakeImager) { _ = os.WriteFile(image(a, "x.img"), nil, 0o600) },
 			undo: func(_ *world, a *agent, _ *fakeImager) { _ = os.Remove(image(a, "x.img")) }},
@@ -327,5 +335,42 @@ func TestImagePreCopy(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestImageNotStored: behind the seal the images are all there is. A store that fails then
+// keeps them, nothing is started anew, and they get their name as soon as it can be given.
+func TestImageNotStored(t *testing.T) {
+	w, a, _ := imagedWorld(t, 2)
+	way := ""
+	w.setHook("killed", func() { // something in the way of the name, which is given last
+		in, err := a.intents.load("redis")
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		way = filepath.Join(a.store.dir, "redis", in.SnapshotID)
+		if err := os.WriteFile(way, nil, 0o600); err != nil {
+			t.Error(err)
+		}
+	})
+	_, err := a.snapshot(t.Context(), &pb.AgentSnapshotRequest{App: "redis"})
+	if err == nil || !strings.Contains(err.Error(), "is not stored") || !strings.Contains(err.Error(), "its images are whole and stay in "+a.store.dir) {
+		t.Fatalf("%v", err)
+	}
+	if _, err := a.restore(t.Context(), "redis", ""); err == nil || !strings.Contains(err.Error(), "is not stored yet") {
+		t.Errorf("%v", err)
+	}
+	if w.running || w.state != control.StateSnapshotDone {
+		t.Errorf("running %v, state %s", w.running, w.state)
+	}
+	if err := os.Remove(way); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.restore(t.Context(), "redis", ""); err != nil || !w.running || w.state != control.StateRestored {
+		t.Errorf("%v, running %v, state %s", err, w.running, w.state)
+	}
+	if _, _, err := a.store.check("redis", filepath.Base(way)); err != nil {
+		t.Error(err)
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 	nfconnfilterv1 "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
 
@@ -347,4 +348,34 @@ func (s store) callersOf(app, id string) (*Manifest, error) {
 		return nil, err
 	}
 	return m, nil
+}
+
+// notStored keeps images that have no name yet: they are all that is left of the
+// application. Their record stays, and they are stored as soon as they can be.
+func (r *snapshotRun) notStored(err error) error {
+	r.unstored = true
+	r.op.left = r.op.name != opRecover
+	return noted(err, fmt.Sprintf("; its images are whole and stay in %s, see that the store can be written and has room: it is tried again", r.pending.dir()))
+}
+
+// storeLate stores images that could not be stored when they were written.
+func (a *agent) storeLate(op *operation, app *config.App, in *intent, id string) error {
+	if in == nil || in.Temp == "" || !in.Sealed || in.SnapshotID != id || !validSnapshotID(id) {
+		return nil
+	}
+	p, err := a.store.reopen(a.manifest(app, id, ""), in.Temp)
+	if err == nil && p.temp == p.final { // it has its name, and so its checksums
+		return nil
+	}
+	if err == nil {
+		err = p.finishImages(p.sumImages(), func() (*nfconnfilterv1.ConnInfoReply, error) { return a.connInfo(op.ctx, app.Name) })
+	}
+	if err == nil {
+		err = p.commit(nil)
+	}
+	if err != nil {
+		return fmt.Errorf("its snapshot %s is not stored yet: %w; see that the store can be written and has room", id, err)
+	}
+	a.log.Warn("a snapshot that could not be stored at once is stored", "app", app.Name, "id", id)
+	return nil
 }

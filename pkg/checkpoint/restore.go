@@ -87,7 +87,14 @@ func (a *agent) restoreHeld(op *operation, app *config.App, st *pb.AppStatus, id
 		return nil, failed(opRestore, name, st.State, err)
 	}
 	defer s.Close()
-	if err := a.intend(op, intent{SnapshotID: st.SnapshotId, OldNode: st.OldNode}); err != nil {
+	in, err := a.intents.load(name)
+	if err == nil {
+		err = a.storeLate(op, app, in, st.SnapshotId)
+	}
+	if err == nil {
+		err = a.intend(op, intent{SnapshotID: st.SnapshotId, OldNode: st.OldNode})
+	}
+	if err != nil {
 		return nil, failed(opRestore, name, st.State, err)
 	}
 	// A process that nobody knows to run keeps the ports; its connections are held.
@@ -231,6 +238,9 @@ func (r *restoreRun) clear() error {
 	held := make(map[string]bool, len(info.Conns))
 	for _, c := range info.Conns {
 		held[socketName(c)] = true
+		if c.Image && r.manifest == nil {
+			return r.noImages()
+		}
 	}
 	n, err := r.a.destroyOld(r.socks, r.app, held)
 	if err != nil {

@@ -226,7 +226,7 @@ func (a *agent) goForward(op *operation, app *config.App, in *intent, proc proce
 	reply, err := r.complete()
 	if err != nil {
 		st, serr := a.status(op.ctx, app.Name)
-		if serr != nil || st.State != control.StateSnapshotDone {
+		if serr != nil || st.State != control.StateSnapshotDone || r.unstored {
 			return "", err
 		}
 		a.log.Warn("the snapshot is complete, with something missing", "app", app.Name, "err", err)
@@ -263,6 +263,9 @@ func (a *agent) resumeHeld(op *operation, app *config.App, in *intent, proc proc
 	op.enter("address")
 	u := &undo{op: op}
 	if err := a.heldHere(u, app); err != nil {
+		return did, nil, err
+	}
+	if err := a.storeLate(op, app, in, in.SnapshotID); err != nil {
 		return did, nil, err
 	}
 	if did == "" && len(u.steps) > 0 {

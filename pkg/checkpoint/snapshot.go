@@ -52,6 +52,7 @@ type snapshotRun struct {
 	announced func() error // waits for the end of announce
 	finished  <-chan error // all of a snapshot with images is on the disk
 	parent    string       // directory of a pre-dump
+	unstored  bool         // the images are whole and have no name yet
 	temp      string       // of images that an earlier agent has written
 	callers   string       // directory of images that the caller's CRIU writes; "": they are ours, or none
 	read      string       // where these are read while CRIU runs
@@ -141,9 +142,6 @@ func (r *snapshotRun) run() (*pb.AgentSnapshotReply, error) {
 func (r *snapshotRun) rollBack(cause error) error {
 	cause = r.op.why(cause)
 	r.op.enter("undo")
-	if r.pending != nil {
-		r.pending.discard()
-	}
 	ctx, cancel := r.op.cleanup()
 	defer cancel()
 	state := ""
@@ -157,6 +155,10 @@ func (r *snapshotRun) rollBack(cause error) error {
 				state = reply.Msg.State
 			}
 		}
+	}
+	// Where it is too late to take it back the images are all there is.
+	if r.pending != nil && (serr == nil || !r.byImage()) {
+		r.pending.discard()
 	}
 	// After the filter: what it says while everything is sealed is lost.
 	var err error
@@ -437,17 +439,10 @@ func (r *snapshotRun) prepare() error {
 			return err
 		}
 	}
-	node, now := r.a.config().Node, time.Now().UTC()
 	if r.id == "" {
-		r.id = newSnapshotID(now)
+		r.id = newSnapshotID(time.Now())
 	}
-	m := Manifest{App: r.app.Name, ID: r.id, Node: node.Name, Time: now, Engine: engine(r.app), Images: r.callers}
-	if r.callers != "" {
-		m.Engine = config.EngineCRIU
-	}
-	if node.Address.IsValid() {
-		m.NodeAddress = node.Address.String()
-	}
+	m := r.a.manifest(r.app, r.id, r.callers)
 	var err error
 	if r.temp != "" {
 		r.pending, err = r.a.store.reopen(m, r.temp)
@@ -455,6 +450,20 @@ func (r *snapshotRun) prepare() error {
 		r.pending, err = r.a.store.begin(m, r.info)
 	}
 	return err
+}
+
+// manifest describes a snapshot of this node; callers is where the caller's CRIU writes
+// its images, "" where that is not so.
+func (a *agent) manifest(app *config.App, id, callers string) Manifest {
+	node := a.config().Node
+	m := Manifest{App: app.Name, ID: id, Node: node.Name, Time: time.Now().UTC(), Engine: engine(app), Images: callers}
+	if callers != "" {
+		m.Engine = config.EngineCRIU
+	}
+	if node.Address.IsValid() {
+		m.NodeAddress = node.Address.String()
+	}
+	return m
 }
 
 // seal is the point of no return: from here nothing of local reaches remotes.
@@ -502,7 +511,11 @@ func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
 	}
 	if serr != nil {
 		err = errors.Join(err, fmt.Errorf("the snapshot is not stored: %w", serr))
-		r.pending.discard()
+		if r.byImage() && r.callers == "" {
+			err = r.notStored(err)
+		} else {
+			r.pending.discard()
+		}
 	}
 	r.op.enter("hold")
 	state, herr := r.hold(ctx, id)
