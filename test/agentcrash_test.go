@@ -63,23 +63,31 @@ func TestAgentCrash(t *testing.T) {
 			}
 			rounds(t, load, 2)
 		}
-		for _, phase := range restorePhases {
-			snapshot(t, n, "redis", "redis-server")
-			doomed(t, n, "restore/"+phase, away, "restore", "redis")
-			if phase == "look" { // it had not begun
-				must(t, n.Ctl("restore", "redis").Err())
-			}
-			must(t, n.WaitState("redis", "RESTORED", 10*time.Second))
-			rounds(t, load, 2)
-			if pids, err := n.Processes("redis-server"); err != nil || len(pids) != 1 {
-				t.Fatalf("%s: processes %v, %v", phase, pids, err)
-			}
-		}
+		doomedRestores(t, n, load, away, 10*time.Second, restorePhases)
 		snapshot(t, n, "redis", "redis-server")
 		wake(t, n, "redis", load.Clients[1])
 		rounds(t, load, 2)
 		unnoticed()
 	})
+}
+
+// doomedRestores kills the agent at each of these phases of a restore of Redis: the next one
+// has it running within so long.
+func doomedRestores(t *testing.T, n *harness.Node, load *clients.Load, away time.Duration, within time.Duration, phases []string) {
+	t.Helper()
+	for _, phase := range phases {
+		snapshot(t, n, "redis", "redis-server")
+		doomed(t, n, "restore/"+phase, away, "restore", "redis")
+		if phase == "look" { // it had not begun
+			must(t, n.Ctl("restore", "redis").Err())
+		}
+		must(t, n.WaitState("redis", "RESTORED", within))
+		rounds(t, load, 2) // clients may be faster than the agent's last step
+		must(t, harness.Watch(5*time.Second, "the restore ends", func() bool { return doing(n, "redis") == "/" }))
+		if pids, err := n.Processes("redis-server"); err != nil || len(pids) != 1 {
+			t.Fatalf("%s: processes %v, %v", phase, pids, err)
+		}
+	}
 }
 
 // TestAgentCrashStartStop does the same with start and stop.

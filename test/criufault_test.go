@@ -287,19 +287,7 @@ func TestCRIUAgentCrash(t *testing.T) {
 		}
 		rounds(t, load, 2)
 	}
-	for _, phase := range []string{"look", "announce", "clear", "check", "criu", "sockets", "reconnect", "open"} {
-		snapshot(t, n, "redis", "redis-server")
-		doomed(t, n, "restore/"+phase, away, "restore", "redis")
-		if phase == "look" { // it had not begun
-			must(t, n.Ctl("restore", "redis").Err())
-		}
-		must(t, n.WaitState("redis", "RESTORED", 20*time.Second))
-		rounds(t, load, 2) // clients may be faster than the agent's last step
-		must(t, harness.Watch(5*time.Second, "the restore ends", func() bool { return doing(n, "redis") == "/" }))
-		if pids, err := n.Processes("redis-server"); err != nil || len(pids) != 1 {
-			t.Fatalf("%s: processes %v, %v", phase, pids, err)
-		}
-	}
+	doomedRestores(t, n, load, away, 20*time.Second, []string{"look", "announce", "clear", "check", "criu", "sockets", "reconnect", "open"})
 	snapshot(t, n, "redis", "redis-server")
 	wake(t, n, "redis", load.Clients[1])
 	rounds(t, load, 2)

@@ -148,21 +148,13 @@ func statOf(path string) (fileStat, error) {
 // openFiles reads the descriptors in their order. One that is closed meanwhile
 // is left out.
 func openFiles(dir string) ([]openFile, error) {
-	d, err := os.Open(dir + "/fd")
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	names, err := d.Readdirnames(-1)
+	fds, err := numbers(dir + "/fd")
 	if err != nil {
 		return nil, err
 	}
 	var out []openFile
-	for _, name := range names {
-		fd, err := strconv.Atoi(name)
-		if err != nil {
-			continue
-		}
+	for _, fd := range fds {
+		name := strconv.Itoa(fd)
 		f := openFile{fd: fd}
 		if f.target, err = os.Readlink(dir + "/fd/" + name); err != nil {
 			continue

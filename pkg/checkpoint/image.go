@@ -50,24 +50,24 @@ type osImager struct {
 	command func() string
 }
 
-func (o osImager) run(app *config.App, r imageRun) criu.Run {
+func (o osImager) run(r imageRun) criu.Run {
 	return criu.Run{Command: o.command(), Images: r.images, Work: r.work, Log: r.log}
 }
 
-func (o osImager) dump(ctx context.Context, app *config.App, p process, r imageRun) error {
+// runOn is a run of CRIU on a process, whose root task has the number root.
+func (o osImager) runOn(app *config.App, p process, r imageRun) (run criu.Run, op *osProcess, root int, err error) {
 	op, ok := p.(*osProcess)
 	if !ok {
-		return fmt.Errorf("%s is no process of this machine", p.describe())
+		return run, nil, 0, fmt.Errorf("%s is no process of this machine", p.describe())
 	}
-	root, err := op.root()
-	if err != nil {
-		return err
-	}
-	run := o.run(app, r)
+	run = o.run(r)
 	run.Start = func(cmd *exec.Cmd) error {
 		err := startIn(app.Process.Namespace, cmd)
-		if err == nil && r.began != nil {
-			spare(cmd.Process.Pid)
+		if err != nil {
+			return err
+		}
+		spare(cmd.Process.Pid)
+		if r.began != nil {
 			var st procStat
 			if st, err = readStat(cmd.Process.Pid); err == nil {
 				err = r.began(st)
@@ -79,6 +79,15 @@ func (o osImager) dump(ctx context.Context, app *config.App, p process, r imageR
 		}
 		return err
 	}
+	root, err = op.root()
+	return run, op, root, err
+}
+
+func (o osImager) dump(ctx context.Context, app *config.App, p process, r imageRun) error {
+	run, op, root, err := o.runOn(app, p, r)
+	if err != nil {
+		return err
+	}
 	run.Notify = func(action string, _ int) error { return r.notify(action) }
 	err = run.Dump(ctx, criu.DumpOptions{PID: root, Track: r.parent != "", Parent: r.parent})
 	if err != nil { // a CRIU that was killed leaves the sockets as they were then
@@ -88,20 +97,8 @@ func (o osImager) dump(ctx context.Context, app *config.App, p process, r imageR
 }
 
 func (o osImager) preDump(ctx context.Context, app *config.App, p process, r imageRun) error {
-	op, ok := p.(*osProcess)
-	if !ok {
-		return fmt.Errorf("%s is no process of this machine", p.describe())
-	}
-	root, err := op.root()
+	run, _, root, err := o.runOn(app, p, r)
 	if err != nil {
-		return err
-	}
-	run := o.run(app, r)
-	run.Start = func(cmd *exec.Cmd) error {
-		err := startIn(app.Process.Namespace, cmd)
-		if err == nil {
-			spare(cmd.Process.Pid)
-		}
 		return err
 	}
 	return run.PreDump(ctx, criu.DumpOptions{PID: root})
@@ -171,7 +168,7 @@ func (o osImager) restore(ctx context.Context, app *config.App, r imageRun, back
 	p := &osProcess{rec: record{App: app.Name, BootID: bootID(), Cgroup: string(group), OwnSession: true, OwnGroup: true, Mark: mark},
 		ended: func() { l.forget(app.Name) }}
 	opened := false
-	run := o.run(app, r)
+	run := o.run(r)
 	run.Start = func(cmd *exec.Cmd) error {
 		d, err := os.Open(string(group))
 		if err != nil {

@@ -70,9 +70,9 @@ func readStat(pid int) (procStat, error) {
 	return parseStat(b)
 }
 
-// listStats reads all processes. One that ends meanwhile is left out.
-func listStats() ([]procStat, error) {
-	d, err := os.Open("/proc")
+// numbers gives the entries of a directory of /proc that are numbers, in its order.
+func numbers(dir string) ([]int, error) {
+	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
 	}
@@ -81,12 +81,23 @@ func listStats() ([]procStat, error) {
 	if err != nil {
 		return nil, err
 	}
-	var all []procStat
-	for _, n := range names {
-		pid, err := strconv.Atoi(n)
-		if err != nil {
-			continue
+	var out []int
+	for _, name := range names {
+		if n, err := strconv.Atoi(name); err == nil {
+			out = append(out, n)
 		}
+	}
+	return out, nil
+}
+
+// listStats reads all processes. One that ends meanwhile is left out.
+func listStats() ([]procStat, error) {
+	pids, err := numbers("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var all []procStat
+	for _, pid := range pids {
 		if s, err := readStat(pid); err == nil {
 			all = append(all, s)
 		}
@@ -144,17 +155,12 @@ func (t tree) members(all []procStat, self int) []procStat {
 // tasksStopped tells whether every thread of the process takes no more steps.
 func tasksStopped(pid int) bool {
 	dir := "/proc/" + strconv.Itoa(pid) + "/task"
-	d, err := os.Open(dir)
+	tids, err := numbers(dir)
 	if err != nil {
 		return true
 	}
-	defer d.Close()
-	names, err := d.Readdirnames(-1)
-	if err != nil {
-		return true
-	}
-	for _, n := range names {
-		b, err := os.ReadFile(dir + "/" + n + "/stat")
+	for _, tid := range tids {
+		b, err := os.ReadFile(dir + "/" + strconv.Itoa(tid) + "/stat")
 		if err != nil {
 			continue
 		}
