@@ -27,9 +27,7 @@ func newCluster(t *testing.T, o harness.ClusterOptions) *harness.Cluster {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if t.Failed() {
-			t.Log("logs:\n" + c.Logs())
-		}
+		showLogs(t, c.Logs)
 		if err := c.Close(); err != nil {
 			t.Errorf("clean-up: %v", err)
 		}
@@ -108,12 +106,8 @@ func watchMoves(t *testing.T, c *harness.Cluster, vip string) func(least, moves 
 		t.Helper()
 		packets := capture.Stop()
 		must(t, capture.Err())
-		if err := wireFaults(vip, packets); err != nil {
-			t.Error(err)
-		}
-		if err := oneSpeaker(vip, packets, least, moves); err != nil {
-			t.Error(err)
-		}
+		check(t, wireFaults(vip, packets))
+		check(t, oneSpeaker(vip, packets, least, moves))
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -140,9 +141,7 @@ func newNode(t *testing.T, o harness.Options) *harness.Node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if t.Failed() {
-			t.Log("logs:\n" + n.Logs())
-		}
+		showLogs(t, n.Logs)
 		if err := n.Close(); err != nil {
 			t.Errorf("clean-up: %v", err)
 		}
@@ -206,8 +205,32 @@ func redisClients(t *testing.T, node *harness.Node, n int, mix ...clients.KeepAl
 
 func must(t *testing.T, err error) {
 	t.Helper()
+	if check(t, err); err != nil {
+		t.FailNow()
+	}
+}
+
+// failedFor are the errors that tests have failed for, by their names.
+var failedFor sync.Map
+
+// check fails the test for an error, and lets it go on.
+func check(t *testing.T, err error) {
+	t.Helper()
 	if err != nil {
-		t.Fatal(err)
+		failedFor.Store(t.Name(), err)
+		t.Error(err)
+	}
+}
+
+// showLogs shows what was logged when the test has failed, and then once more what for:
+// of a long output often only the end is kept.
+func showLogs(t *testing.T, logs func() string) {
+	if !t.Failed() {
+		return
+	}
+	t.Log("logs:\n" + logs())
+	if err, ok := failedFor.Load(t.Name()); ok {
+		t.Logf("failed for: %v", err)
 	}
 }
 

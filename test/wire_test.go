@@ -179,9 +179,7 @@ func watch(t *testing.T, net *testnet.Net, vip string) func() {
 		if len(packets) == 0 {
 			t.Error("the capture saw nothing")
 		}
-		if err := wireFaults(vip, packets); err != nil {
-			t.Error(err)
-		}
+		check(t, wireFaults(vip, packets))
 	}
 }
 

@@ -299,7 +299,26 @@ func (n *Node) Logs() string {
 			fmt.Fprintf(&b, "---- %s\n%s\n", filepath.Base(f), text)
 		}
 	}
+	ask := [][]string{{"status"}}
+	apps, _ := filepath.Glob(filepath.Join(n.root, "shared", "apps", "*.toml"))
+	for _, f := range apps {
+		ask = append(ask, []string{"conns", strings.TrimSuffix(filepath.Base(f), ".toml"), "--reasons"})
+	}
+	for _, args := range ask {
+		if r := n.Ctl(args...); r.Err() == nil {
+			fmt.Fprintf(&b, "---- ckptctl %s\n%s\n", strings.Join(args, " "), firstLines(r.Stdout, 40))
+		}
+	}
 	return b.String()
+}
+
+// firstLines cuts a text behind so many lines.
+func firstLines(text string, n int) string {
+	lines := strings.SplitAfterN(text, "\n", n+1)
+	if len(lines) > n {
+		lines[n] = "[...]\n"
+	}
+	return strings.Join(lines, "")
 }
 
 // Dial connects from the client namespace; it is a clients.Dialer.
