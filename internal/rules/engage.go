@@ -1,9 +1,11 @@
 package rules
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // Engage makes the rules look at everything of active VIPs, or at SYN, FIN and
@@ -25,15 +27,18 @@ func (m *Manager) Engage(on, behind bool) error {
 	if to == m.cfg {
 		return nil
 	}
-	return m.ns.do(func() error {
-		for _, f := range m.active() {
-			if err := engage(f, m.cfg, to); err != nil {
-				return err
-			}
-		}
-		m.cfg = to
-		return nil
-	})
+	families := m.active()
+	errs := make([]error, len(families))
+	var wg sync.WaitGroup
+	for i, f := range families { // a snapshot waits for it: at once
+		wg.Go(func() { errs[i] = m.ns.do(func() error { return engage(f, m.cfg, to) }) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	m.cfg = to
+	return nil
 }
 
 // engage writes what differs between the rules of two configurations that both

@@ -144,7 +144,7 @@ func (s Socket) accepts(a netip.Addr) bool {
 	return false
 }
 
-// list dumps both families, without duplicates.
+// list dumps the families that the addresses need, without duplicates.
 func (c *Conn) list(states uint32, local []netip.Addr, info bool) ([]Socket, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -152,18 +152,14 @@ func (c *Conn) list(states uint32, local []netip.Addr, info bool) ([]Socket, err
 		local = slices.Concat(local, []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()})
 	}
 	bytecode := localBytecode(local)
-	families := []uint8{unix.AF_INET, unix.AF_INET6}
+	family := uint8(unix.AF_UNSPEC)
 	if len(local) > 0 && !slices.ContainsFunc(local, netip.Addr.Is4) {
-		families = families[1:]
+		family = unix.AF_INET6
 	}
 	d := decoder{seen: make(map[[2]uint32]struct{})}
-	for _, family := range families {
-		if err := c.dump(family, states, info, bytecode, &d); err != nil {
-			if family == unix.AF_INET6 && errors.Is(err, unix.ENOENT) {
-				continue // a kernel without IPv6
-			}
-			return nil, fmt.Errorf("sockdiag: list sockets in %s: %w%s", c.name, err, remedy(err))
-		}
+	err := c.dump(family, states, info, bytecode, &d)
+	if err != nil && !(family == unix.AF_INET6 && errors.Is(err, unix.ENOENT)) { // a kernel without IPv6
+		return nil, fmt.Errorf("sockdiag: list sockets in %s: %w%s", c.name, err, remedy(err))
 	}
 	return d.sockets, nil
 }
@@ -189,7 +185,7 @@ func (c *Conn) dump(family uint8, states uint32, info bool, bytecode []byte, d *
 					return true, err
 				}
 				return true, errors.New("the kernel acknowledged a dump without an answer")
-			case unix.SOCK_DIAG_BY_FAMILY:
+			case dumpKind(family):
 				return false, d.add(m.data)
 			}
 			return false, nil

@@ -16,9 +16,12 @@ const (
 	nlaHeaderLen   = 4
 	sockIDLen      = 48 // struct inet_diag_sockid
 	reqLen         = 56 // struct inet_diag_req_v2
+	oldReqLen      = 60 // struct inet_diag_req
 	msgLen         = 72 // struct inet_diag_msg
 	hostcondLen    = 8  // struct inet_diag_hostcond without its address
 	bcOpLen        = 4  // struct inet_diag_bc_op
+
+	tcpdiagGetsock = 18 // TCPDIAG_GETSOCK
 
 	attrReqBytecode = 1  // INET_DIAG_REQ_BYTECODE
 	attrInfo        = 2  // INET_DIAG_INFO
@@ -63,16 +66,27 @@ func appendHeader(b []byte, kind, flags uint16, seq uint32) []byte {
 	return ne.AppendUint32(b, 0)
 }
 
+// dumpRequest asks for the sockets of a family; AF_UNSPEC: of both, with the request that
+// was there before SOCK_DIAG_BY_FAMILY (net/ipv4/inet_diag.c, inet_diag_dump_compat). That
+// is one walk through the table of sockets instead of two, and with few sockets the walk is
+// all that a dump costs.
 func dumpRequest(seq uint32, family uint8, states uint32, info bool, bytecode []byte) []byte {
-	b := make([]byte, 0, nlmsgHeaderLen+reqLen+nlaHeaderLen+len(bytecode))
-	b = appendHeader(b, unix.SOCK_DIAG_BY_FAMILY, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, seq)
 	var extensions uint8
 	if info {
 		extensions = 1 << (attrInfo - 1)
 	}
-	b = append(b, family, unix.IPPROTO_TCP, extensions, 0)
-	b = ne.AppendUint32(b, states)
-	b = append(b, make([]byte, sockIDLen)...)
+	b := make([]byte, 0, nlmsgHeaderLen+oldReqLen+nlaHeaderLen+len(bytecode))
+	b = appendHeader(b, dumpKind(family), unix.NLM_F_REQUEST|unix.NLM_F_DUMP, seq)
+	if family == unix.AF_UNSPEC {
+		b = append(b, family, 0, 0, extensions)
+		b = append(b, make([]byte, sockIDLen)...)
+		b = ne.AppendUint32(b, states)
+		b = ne.AppendUint32(b, 0)
+	} else {
+		b = append(b, family, unix.IPPROTO_TCP, extensions, 0)
+		b = ne.AppendUint32(b, states)
+		b = append(b, make([]byte, sockIDLen)...)
+	}
 	if len(bytecode) > 0 {
 		b = ne.AppendUint16(b, uint16(nlaHeaderLen+len(bytecode)))
 		b = ne.AppendUint16(b, attrReqBytecode)
@@ -80,6 +94,14 @@ func dumpRequest(seq uint32, family uint8, states uint32, info bool, bytecode []
 	}
 	ne.PutUint32(b, uint32(len(b)))
 	return b
+}
+
+// dumpKind is the type of the request for a family, and of its answers.
+func dumpKind(family uint8) uint16 {
+	if family == unix.AF_UNSPEC {
+		return tcpdiagGetsock
+	}
+	return unix.SOCK_DIAG_BY_FAMILY
 }
 
 func appendDestroy(b []byte, seq uint32, s Socket) []byte {
