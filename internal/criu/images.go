@@ -66,10 +66,16 @@ const (
 	ipprotoTCP  = 6
 	// mostEntry bounds an entry of an image that is read: they are some hundred octets.
 	mostEntry = 1 << 20
+	// streamHead is how much of a socket's file is read for its numbers.
+	streamHead   = 4 << 10
+	streamPrefix = "tcp-stream-"
 )
 
 // Sockets reads the TCP connections of images.
-func Sockets(dir string) ([]Socket, error) {
+func Sockets(dir string) ([]Socket, error) { return sockets(dir, nil) }
+
+// sockets does so with what was read early; nil: nothing was.
+func sockets(dir string, early *Follower) ([]Socket, error) {
 	var inos []uint32
 	var out []Socket
 	err := entries(filepath.Join(dir, "files.img"), func(b []byte) error {
@@ -96,7 +102,7 @@ func Sockets(dir string) ([]Socket, error) {
 	if err != nil {
 		return nil, err
 	}
-	return out, streams(dir, inos, out)
+	return out, streams(dir, inos, out, early)
 }
 
 // addressed takes addresses and state of a socket.
@@ -138,7 +144,7 @@ func address(family uint32, words []uint32) (netip.Addr, bool) {
 
 // streams reads the numbers of every socket, several at a time: there is a file for each,
 // and the process stands still meanwhile.
-func streams(dir string, inos []uint32, out []Socket) error {
+func streams(dir string, inos []uint32, out []Socket, early *Follower) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err
@@ -149,12 +155,18 @@ func streams(dir string, inos []uint32, out []Socket) error {
 	errs := make([]error, n)
 	for w := range n {
 		wg.Go(func() {
-			buf := make([]byte, 4<<10)
-			for i := w; i < len(out) && errs[w] == nil; i += n {
-				name := fmt.Sprintf("tcp-stream-%x.img", inos[i])
-				if errs[w] = stream(int(d.Fd()), name, buf, &out[i]); errs[w] != nil {
-					errs[w] = fmt.Errorf("%s: %w", filepath.Join(dir, name), errs[w])
+			buf := make([]byte, streamHead)
+			for i := w; i < len(out); i += n {
+				name := fmt.Sprintf(streamPrefix+"%x.img", inos[i])
+				t := early.stream(int(d.Fd()), name)
+				if t == nil {
+					var err error
+					if t, err = readStream(int(d.Fd()), name, buf); err != nil {
+						errs[w] = fmt.Errorf("%s: %w", filepath.Join(dir, name), err)
+						return
+					}
 				}
+				out[i].numbers(t)
 			}
 		})
 	}
@@ -162,30 +174,41 @@ func streams(dir string, inos []uint32, out []Socket) error {
 	return errors.Join(errs...)
 }
 
-// stream reads the numbers of s with as few calls as there can be. Its queues stand
-// behind the entry.
-func stream(dir int, name string, buf []byte, s *Socket) error {
+// readStream reads the numbers of a socket from its file with as few calls as there can be.
+func readStream(dir int, name string, buf []byte) (*tcp_stream.TcpStreamEntry, error) {
 	b, err := head(dir, name, buf)
 	if err != nil {
-		return err
+		return nil, err
 	}
+	return stream(b)
+}
+
+// stream reads them from the first octets of the file, at most streamHead. The queues stand
+// behind the entry.
+func stream(b []byte) (*tcp_stream.TcpStreamEntry, error) {
+	full := len(b) == streamHead
 	if len(b) <= magics {
-		return errNone
+		return nil, errNone
 	}
 	if b = b[magics:]; len(b) < 4 {
-		return errCutOff
+		return nil, errCutOff
 	}
 	n := binary.LittleEndian.Uint32(b)
 	if b = b[4:]; uint64(n) > uint64(len(b)) {
-		if len(b) == len(buf)-magics-4 {
-			return fmt.Errorf("an entry of %d octets is none of CRIU's", n)
+		if full {
+			return nil, fmt.Errorf("an entry of %d octets is none of CRIU's", n)
 		}
-		return errCutOff
+		return nil, errCutOff
 	}
-	var t tcp_stream.TcpStreamEntry
-	if err := proto.Unmarshal(b[:n], &t); err != nil {
-		return err
+	t := new(tcp_stream.TcpStreamEntry)
+	if err := proto.Unmarshal(b[:n], t); err != nil {
+		return nil, err
 	}
+	return t, nil
+}
+
+// numbers takes what the file of a socket says of it.
+func (s *Socket) numbers(t *tcp_stream.TcpStreamEntry) {
 	s.RcvNxt, s.SndNxt, s.Unread = t.GetInqSeq(), t.GetOutqSeq(), t.GetInqLen()
 	s.SndUna = s.SndNxt - t.GetOutqLen()
 	if s.finWaits {
@@ -196,7 +219,6 @@ func stream(dir int, name string, buf []byte, s *Socket) error {
 	s.SndWScale, s.RcvWScale = uint8(t.GetSndWscale()), uint8(t.GetRcvWscale())
 	s.TSVal, s.MSS = t.GetTimestamp(), t.GetMssClamp()
 	s.SndWnd, s.RcvWnd, s.RcvWup = t.GetSndWnd(), t.GetRcvWnd(), t.GetRcvWup()
-	return nil
 }
 
 // PIDs reads the numbers of all threads in images.
@@ -238,6 +260,7 @@ func again(f func() (int, error)) (n int, err error) {
 
 var (
 	errNone   = errors.New("it has no entry")
+	errNoFile = errors.New("it is no regular file")
 	errCutOff = errors.New("it is cut off")
 )
 

@@ -51,6 +51,9 @@ func (r *snapshotRun) runImage() (*pb.AgentSnapshotReply, error) {
 		notify: r.dumping,
 	})
 	err = errors.Join(err, r.announced()) // or it would begin behind the end
+	if r.written != nil {
+		r.written.Stop()
+	}
 	if _, _, sealed := r.op.state(); err != nil && !sealed {
 		return nil, r.rollBack(r.withLog(err))
 	} else if err != nil { // the images are whole: what still runs of it is ended
@@ -136,8 +139,11 @@ func (r *snapshotRun) dumping(action string) error {
 			}
 		}
 		r.op.enter("dump")
+		r.written = r.a.images.follow(r.imagesAt())
+		r.pending.early = r.written
 	case criu.PostDump:
 		r.pending.writeOut()
+		r.written.Stop()
 		var summed <-chan error // while the filter compares them
 		if err := r.sealImage(func() { summed = r.pending.sumImages() }); err != nil {
 			return err
@@ -181,7 +187,11 @@ func (r *snapshotRun) accepted() error {
 // goes forward. read is called when it has read them.
 func (r *snapshotRun) sealImage(read func()) error {
 	r.op.enter("compare")
-	socks, err := r.a.images.sockets(r.imagesAt())
+	sockets := func() ([]criu.Socket, error) { return r.a.images.sockets(r.imagesAt()) }
+	if r.written != nil {
+		sockets = r.written.Sockets
+	}
+	socks, err := sockets()
 	if err != nil {
 		return fmt.Errorf("the images: %w", err)
 	}

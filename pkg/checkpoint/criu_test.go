@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/nfconnfilter/nfconnfilter/internal/criu"
 	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
@@ -86,6 +88,18 @@ func (f *fakeImager) restore(_ context.Context, _ *config.App, r imageRun, back 
 	}
 	return f.w.do("resume")
 }
+
+func (f *fakeImager) follow(dir string) follower { return fakeFollower{f, dir} }
+
+// fakeFollower has read nothing early.
+type fakeFollower struct {
+	f   *fakeImager
+	dir string
+}
+
+func (fakeFollower) Stop()                                   {}
+func (f fakeFollower) Sockets() ([]criu.Socket, error)       { return f.f.sockets(f.dir) }
+func (fakeFollower) Sum(string, *unix.Stat_t) (string, bool) { return "", false }
 
 func (f *fakeImager) sockets(string) (out []criu.Socket, err error) {
 	f.w.mu.Lock()

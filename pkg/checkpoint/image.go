@@ -27,6 +27,8 @@ type imager interface {
 	tracks(ctx context.Context) string
 	// restore makes the processes of the images. With an error none is left.
 	restore(ctx context.Context, app *config.App, r imageRun, back func(process)) error
+	// follow reads images of a dump while they are written.
+	follow(dir string) follower
 	// sockets reads the TCP connections of images.
 	sockets(dir string) ([]criu.Socket, error)
 	// taken names a process that has one of the numbers that the images need; "": nobody.
@@ -42,6 +44,14 @@ type imageRun struct {
 	parent            string // directory of a pre-dump, from images; "": none
 	notify            func(action string) error
 	began             func(criu procStat) error // before anything is done
+}
+
+// follower has read what of images was written early.
+type follower interface {
+	Stop() // once nothing more is written; repeated it does nothing
+	Sockets() ([]criu.Socket, error)
+	// Sum gives the SHA-256 in hexadecimal of a file in the state st, where it is known.
+	Sum(name string, st *unix.Stat_t) (string, bool)
 }
 
 // osImager uses CRIU.
@@ -258,6 +268,8 @@ func (o osImager) found(p *osProcess, pid int) error {
 	o.launch.reap(p, root.Wait)
 	return nil
 }
+
+func (osImager) follow(dir string) follower { return criu.Follow(dir) }
 
 func (osImager) sockets(dir string) ([]criu.Socket, error) { return criu.Sockets(dir) }
 

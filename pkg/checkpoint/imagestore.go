@@ -128,7 +128,7 @@ func (p *pendingSnapshot) sum() error {
 	dir, err := p.store.open()
 	if err == nil {
 		defer dir.Close()
-		sums, err = sumImages(dir, p.temp)
+		sums, err = sumImages(dir, p.temp, p.early)
 	}
 	if err = errors.Join(err, <-p.written); err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
@@ -146,11 +146,15 @@ func isImage(name string) bool {
 	return slices.Contains(imageDirs, strings.TrimSuffix(dir, "/")) && file != ""
 }
 
-// sumImages gives the SHA-256 of each image of a snapshot's directory.
-func sumImages(dir *os.Root, snapshot string) (map[string]string, error) {
+// sumImages gives the SHA-256 of each image of a snapshot's directory. Those that early knows
+// are not read again.
+func sumImages(dir *os.Root, snapshot string, early follower) (map[string]string, error) {
 	all := map[string]string{}
 	for _, d := range imageDirs {
-		sums, err := sumDir(dir, filepath.Join(snapshot, d))
+		if d != imagesDir {
+			early = nil
+		}
+		sums, err := sumDir(dir, filepath.Join(snapshot, d), early)
 		if errors.Is(err, os.ErrNotExist) && d == preImagesDir {
 			continue
 		}
@@ -205,7 +209,7 @@ func syncImages(dir *os.Root, name string) error {
 
 // sumDir gives the SHA-256 of each file of a directory, in hexadecimal. There are
 // thousands of small ones: each costs but what the kernel takes for it.
-func sumDir(dir *os.Root, name string) (map[string]string, error) {
+func sumDir(dir *os.Root, name string, early follower) (map[string]string, error) {
 	d, err := dir.Open(name)
 	if err != nil {
 		return nil, err
@@ -237,6 +241,9 @@ func sumDir(dir *os.Root, name string) (map[string]string, error) {
 				if i >= len(names) {
 					return
 				}
+				if out[i] = known(early, int(d.Fd()), names[i]); out[i] != "" {
+					continue
+				}
 				if out[i], errs[w] = sumFile(int(d.Fd()), names[i], buf); errs[w] != nil {
 					errs[w] = fmt.Errorf("%s: %w", filepath.Join(name, names[i]), errs[w])
 				}
@@ -249,6 +256,16 @@ func sumDir(dir *os.Root, name string) (map[string]string, error) {
 		sums[f] = out[i]
 	}
 	return sums, errors.Join(errs...)
+}
+
+// known gives the sum of a file that was read early and has not been changed since, else "".
+func known(early follower, dir int, name string) string {
+	var st unix.Stat_t
+	if early == nil || unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW) != nil {
+		return ""
+	}
+	sum, _ := early.Sum(name, &st)
+	return sum
 }
 
 func sumFile(dir int, name string, buf []byte) (string, error) {
@@ -298,7 +315,7 @@ func (s store) checkImages(m *Manifest) error {
 	bad := func(what string) error {
 		return fmt.Errorf("snapshot %s of %s is damaged: %s; its connections stay held, put the file back from another copy or give the application up (ckptctl stop %[2]s --discard)", m.ID, m.App, what)
 	}
-	sums, err := sumImages(dir, where)
+	sums, err := sumImages(dir, where, nil)
 	if err != nil {
 		return bad(err.Error())
 	}

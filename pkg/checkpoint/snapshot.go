@@ -52,6 +52,7 @@ type snapshotRun struct {
 	announced func() error // waits for the end of announce
 	finished  <-chan error // all of a snapshot with images is on the disk
 	parent    string       // directory of a pre-dump
+	written   follower     // of the images while they are written; nil: they are read in the end
 	unstored  bool         // the images are whole and have no name yet
 	temp      string       // of images that an earlier agent has written
 	callers   string       // directory of images that the caller's CRIU writes; "": they are ours, or none

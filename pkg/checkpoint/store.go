@@ -99,6 +99,7 @@ type pendingSnapshot struct {
 	manifest    Manifest
 	images      map[string]string // checksums
 	written     chan error        // the images are on the disk
+	early       follower          // has read images already; nil: none
 }
 
 // begin makes the directory of a new snapshot and writes what is known, so
