@@ -66,9 +66,17 @@ func (e *Engine) clock(c *conn, fx *Effects) {
 	if !c.ep.Opt.TS && c.imgUna == c.hsISN.Add(1) {
 		return
 	}
-	sp := e.toLocal(c, packet.ACK)
-	sp.Seq = c.imgWup // behind that it takes no clock (RFC 7323 section 4.3)
-	fx.send(&sp, true)
+	// It takes a clock at the number that it acknowledged last (RFC 7323 section 4.3): what the
+	// image says, or, once it has said anything, where it stands. Which of it is true nobody
+	// knows while that may be in the queue.
+	for _, at := range []seqnum.Value{c.imgRcv, c.imgWup} {
+		sp := e.toLocal(c, packet.ACK)
+		sp.Seq = at
+		fx.send(&sp, true)
+		if c.imgWup == c.imgRcv {
+			break
+		}
+	}
 }
 
 // clocks does so for every socket that is back, and lets out what they have said: behind
@@ -243,11 +251,16 @@ func (e *Engine) ease(now Time, c *conn, fx *Effects) {
 	e.mark(c)
 }
 
-// clockless gives a segment that a restored socket had sent before RESTORED, and before
-// it heard the remote's clock, that clock.
+// unclocked tells whether a segment of local is one that a restored socket had sent before
+// RESTORED, and before it heard the remote's clock.
+func (c *conn) unclocked(s *packet.Segment) bool {
+	return s.Opt.HasTS && s.Opt.TSEcr == 0 && s.Has(packet.ACK) && c.ep.TSRec != 0
+}
+
+// clockless gives such a segment that clock.
 func (c *conn) clockless(p *Packet, fx *Effects) {
 	s := &c.app.engine.seg
-	if p.Hook == HookPostrouting || !s.Opt.HasTS || s.Opt.TSEcr != 0 || !s.Has(packet.ACK) || c.ep.TSRec == 0 {
+	if p.Hook == HookPostrouting || !c.unclocked(s) {
 		return
 	}
 	s.SetTS(s.Opt.TSVal, c.ep.TSRec)

@@ -425,7 +425,11 @@ func (e *Engine) translateOut(now Time, c *conn, p *Packet, fx *Effects) {
 		e.tellAgain(c, fx)
 		return
 	}
+	unclocked := c.unclocked(s)
 	c.tr.Outbound(s, c.id.Local.Port(), &c.edge)
+	if unclocked {
+		s.SetTS(s.Opt.TSVal, c.ep.TSRec)
+	}
 	if c.spooled && s.Has(packet.ACK) && !c.app.sealed {
 		e.spoolTaken(now, c, s.Ack, s.Ack.Add(uint32(s.Window)<<c.ep.Opt.LocalScale), fx)
 		c.ahead(s)
