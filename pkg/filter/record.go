@@ -455,6 +455,9 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 	switch a.state {
 	case appstate.SnapshotFreeze:
 		for _, c := range a.conns {
+			if a.silent && !a.imaged && !c.spooled && !c.sealed && !c.lingers {
+				c.learned, c.rcvKnown = false, c.learned || c.rcvKnown // both sides may have spoken before everything was captured
+			}
 			if a.sealed || c.sealed || c.lingers {
 				continue
 			}
