@@ -282,7 +282,7 @@ func (s service) SnapshotFreeze(ctx context.Context, r *connect.Request[pb.Snaps
 }
 
 func (s service) Seal(ctx context.Context, r *connect.Request[pb.SealRequest]) (*connect.Response[pb.AppReply], error) {
-	b := &filter.Seal{App: r.Msg.App}
+	b := &filter.Seal{App: r.Msg.App, Again: r.Msg.Again}
 	for _, k := range r.Msg.Image {
 		id, err := connID(k.Local, k.Remote)
 		if err != nil {

@@ -81,7 +81,7 @@ func (r *snapshotRun) intendImage(sealed bool) error {
 	if r.callers == "" {
 		in.Temp = r.pending.temp
 	}
-	return r.a.intend(r.op, in)
+	return r.intend(in)
 }
 
 // imagesAt is where the images are.
@@ -196,7 +196,7 @@ func (r *snapshotRun) sealImage(read func()) error {
 		return fmt.Errorf("the images: %w", err)
 	}
 	read()
-	req := &pb.SealRequest{App: r.app.Name}
+	req := &pb.SealRequest{App: r.app.Name, Again: r.earlier != nil}
 	for i := range socks {
 		k := &socks[i]
 		if !slices.Contains(r.app.VIPs, k.Local.Addr()) || r.scope.sameHost(sockdiag.Socket{Local: k.Local, Remote: k.Remote}) {
@@ -366,7 +366,8 @@ func (r *snapshotRun) scoped() error {
 	return err
 }
 
-// sealAgain repeats, for an agent that died behind the seal, what the images tell.
+// sealAgain repeats, for an agent that died behind the seal, what the images tell. The
+// filter compares them only where that agent's request has not reached it.
 func (r *snapshotRun) sealAgain() error {
 	if err := r.scoped(); err != nil {
 		return err

@@ -57,6 +57,7 @@ type world struct {
 	hooked    bool           // the connections that it opens get the VIP
 	lossy     map[string]int // handshakes to lose, by remote
 	unlearned []string
+	seals     []bool   // of each SEAL, whether it repeats one
 	bounds    []string // boundary and quiet of SNAPSHOTSTART and SNAPSHOTFREEZE
 	inFlight  int
 	most      int // most connections in flight at once
@@ -170,7 +171,10 @@ func (w *world) SnapshotFreeze(_ context.Context, r *connect.Request[pb.Snapshot
 	return w.step("SNAPSHOTFREEZE", []string{control.StateSnapshotStart}, control.StateSnapshotFreeze)
 }
 
-func (w *world) Seal(ctx context.Context, _ *connect.Request[pb.SealRequest]) (*reply, error) {
+func (w *world) Seal(_ context.Context, r *connect.Request[pb.SealRequest]) (*reply, error) {
+	w.mu.Lock()
+	w.seals = append(w.seals, r.Msg.Again)
+	w.mu.Unlock()
 	return w.step("SEAL", []string{control.StateSnapshotFreeze}, control.StateSnapshotFreeze)
 }
 

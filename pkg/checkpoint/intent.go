@@ -86,3 +86,26 @@ func (s intents) load(app string) (*intent, error) {
 func (s intents) clear(app string) error {
 	return removePrivate(s.stateDir, filepath.Base(s.path(app)))
 }
+
+// intend records what the operation is about to do.
+func (a *agent) intend(op *operation, in intent) error {
+	in.App, in.Op, in.Ran, in.ToNode = op.app, op.name, op.ran, op.toNode
+	if err := a.intents.save(in); err != nil {
+		return fmt.Errorf("%w; nothing was done", err)
+	}
+	op.intended = true
+	return nil
+}
+
+// intend records how far a snapshot is. What the record of an earlier agent says stays:
+// what it has sealed cannot be taken back, and what wrote the images is looked at first.
+func (r *snapshotRun) intend(in intent) error {
+	if r.earlier == nil {
+		return r.a.intend(r.op, in)
+	}
+	was := *r.earlier
+	was.Op = cmp.Or(was.Op, r.op.name)
+	was.Sealed, was.Force = was.Sealed || in.Sealed, was.Force || in.Force
+	was.SnapshotID = cmp.Or(was.SnapshotID, in.SnapshotID)
+	return r.a.intents.save(was)
+}

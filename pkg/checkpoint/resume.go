@@ -3,7 +3,6 @@ package checkpoint
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"time"
 
@@ -206,7 +205,7 @@ func (a *agent) goForward(op *operation, app *config.App, in *intent, proc proce
 	case !errors.Is(err, os.ErrNotExist): // a namespace goes with its last process; nothing is looked at any more
 		return "", err
 	}
-	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, force: in.Force || !in.Sealed, leftOut: map[string]bool{}, id: in.SnapshotID, temp: in.Temp, callers: in.Images}
+	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, force: in.Force || !in.Sealed, leftOut: map[string]bool{}, id: in.SnapshotID, earlier: in, temp: in.Temp, callers: in.Images}
 	if err := r.prepare(); err != nil {
 		return "", err
 	}
@@ -374,14 +373,4 @@ func (a *agent) undoLeft(op *operation, app *config.App) (*pb.AgentReply, error)
 			"it was too late, its process had ended or could not go on; its connections are held, ckptctl restore brings it back"))
 	}
 	return &pb.AgentReply{App: app.Name, State: after.State}, nil
-}
-
-// intend records what the operation is about to do.
-func (a *agent) intend(op *operation, in intent) error {
-	in.App, in.Op, in.Ran, in.ToNode = op.app, op.name, op.ran, op.toNode
-	if err := a.intents.save(in); err != nil {
-		return fmt.Errorf("%w; nothing was done", err)
-	}
-	op.intended = true
-	return nil
 }

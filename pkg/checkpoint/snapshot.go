@@ -48,6 +48,7 @@ type snapshotRun struct {
 	info      *pb.ConnInfoReply // of the last account
 	pending   *pendingSnapshot
 	id        string       // known from an earlier agent
+	earlier   *intent      // the record of that agent; nil: there is none
 	criu      criuRef      // CRIU's process
 	announced func() error // waits for the end of announce
 	finished  <-chan error // all of a snapshot with images is on the disk
@@ -471,7 +472,7 @@ func (a *agent) manifest(app *config.App, id, callers string) Manifest {
 func (r *snapshotRun) seal() error {
 	r.op.enter("seal")
 	// From here on an agent that takes over goes forward.
-	if err := r.a.intend(r.op, intent{Sealed: true, SnapshotID: r.id, Force: r.force}); err != nil {
+	if err := r.intend(intent{Sealed: true, SnapshotID: r.id, Force: r.force}); err != nil {
 		return err
 	}
 	if err := r.op.commit(); err != nil {

@@ -99,7 +99,12 @@ func (c *conn) silentFor(a *app, s *packet.Segment) bool {
 
 // sealImage compares the structures with the image and takes from it what they lack.
 // Where something differs nothing may be stopped: the caller gives the snapshot up.
+// What says that it repeats one that was carried out is not compared: answers to remotes
+// have moved the numbers since, and the process may be gone.
 func (e *Engine) sealImage(now Time, b *Seal, a *app, fx *Effects) (any, error) {
+	if b.Again && a.imaged {
+		return a.result(), nil
+	}
 	if kept := a.keeping(); a.abortOnData && len(kept) > 0 {
 		return nil, &Error{App: a.name, State: a.state, Text: "SEAL refused: data came during the snapshot, which is to be given up for that", Conns: kept}
 	}

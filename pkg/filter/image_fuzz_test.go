@@ -45,7 +45,7 @@ func byImage(e *filter.Engine, now filter.Time, store *filtertest.Store, next fu
 		}
 		req(b)
 	case 2, 3:
-		req(&filter.Seal{App: "a", Image: imageNear(e, now, store, all, op, next)})
+		req(&filter.Seal{App: "a", Image: imageNear(e, now, store, all, op, next), Again: op&0x08 != 0})
 	case 4:
 		req(&filter.RestoreConn{App: "a", Kind: "image", Conns: all[:1+op>>6%3]})
 	case 5: // the way back in one go

@@ -71,6 +71,7 @@ type (
 	Seal struct {
 		App   string
 		Image []ImageSocket // all of a silent freeze
+		Again bool          // it repeats one, by the same image, of which nobody knows the answer
 	}
 	// SnapshotDone tells that the application is gone and stored under ID.
 	SnapshotDone struct {

@@ -70,6 +70,7 @@ func (w *World) requestLine(f []string) error {
 		r := &filter.Seal{App: app}
 		if arg(1) == "image" {
 			r.Image = w.image()
+			r.Again = arg(2) == "again"
 		}
 		w.request(r)
 	case "SNAPSHOTDONE":

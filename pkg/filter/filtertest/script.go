@@ -51,7 +51,7 @@ import (
 //	                                         is SKEW ahead of node a's
 //	request WORDS...                         as in ckptctl ioctl, GETCONNINFO too; besides
 //	                                         SNAPSHOTSTART silent ..., SNAPSHOTFREEZE silent,
-//	                                         SEAL image, RESTORECONN NAME... image;
+//	                                         SEAL image [again], RESTORECONN NAME... image;
 //	                                         SNAPSHOTSTART and ADOPT without|closing NAME,
 //	                                         ADOPT stale NAME, SNAPSHOTSTART line|resp
 //	                                         or line NAME, whose socket shows 2 s of silence;

@@ -1072,7 +1072,10 @@ type SealRequest struct {
 	App   string                 `protobuf:"bytes,1,opt,name=app,proto3" json:"app,omitempty"`
 	// Every TCP connection of the image, after a silent freeze. A number that the
 	// filter knows otherwise refuses it.
-	Image         []*ImageSocket `protobuf:"bytes,2,rep,name=image,proto3" json:"image,omitempty"`
+	Image []*ImageSocket `protobuf:"bytes,2,rep,name=image,proto3" json:"image,omitempty"`
+	// The request repeats one of which nobody knows the answer: where the image was
+	// compared already it is not compared once more, remotes may have been answered since.
+	Again         bool `protobuf:"varint,3,opt,name=again,proto3" json:"again,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1119,6 +1122,13 @@ func (x *SealRequest) GetImage() []*ImageSocket {
 		return x.Image
 	}
 	return nil
+}
+
+func (x *SealRequest) GetAgain() bool {
+	if x != nil {
+		return x.Again
+	}
+	return false
 }
 
 // ImageSocket is a TCP socket in the image of a process. Numbers are local's own.
@@ -4562,10 +4572,11 @@ const file_nfconnfilter_v1_nfconnfilter_proto_rawDesc = "" +
 	"\n" +
 	"heartbeats\x18\b \x03(\v2\x1a.nfconnfilter.v1.HeartbeatR\n" +
 	"heartbeats\x12\x16\n" +
-	"\x06silent\x18\t \x01(\bR\x06silent\"S\n" +
+	"\x06silent\x18\t \x01(\bR\x06silent\"i\n" +
 	"\vSealRequest\x12\x10\n" +
 	"\x03app\x18\x01 \x01(\tR\x03app\x122\n" +
-	"\x05image\x18\x02 \x03(\v2\x1c.nfconnfilter.v1.ImageSocketR\x05image\"\xc5\x04\n" +
+	"\x05image\x18\x02 \x03(\v2\x1c.nfconnfilter.v1.ImageSocketR\x05image\x12\x14\n" +
+	"\x05again\x18\x03 \x01(\bR\x05again\"\xc5\x04\n" +
 	"\vImageSocket\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\tR\x05local\x12\x16\n" +
 	"\x06remote\x18\x02 \x01(\tR\x06remote\x12\x18\n" +
