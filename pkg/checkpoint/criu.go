@@ -50,11 +50,17 @@ func (r *snapshotRun) runImage() (*pb.AgentSnapshotReply, error) {
 		began:  func(st procStat) error { r.criu = criuRef{st.pid, st.start}; return r.intendImage(false) },
 		notify: r.dumping,
 	})
-	err = errors.Join(err, r.announced()) // or it would begin behind the end
+	if aerr := r.announced(); !errors.Is(err, aerr) { // it has ended, or it would begin behind the end
+		err = errors.Join(err, aerr)
+	}
 	if r.written != nil {
 		r.written.Stop()
 	}
-	if _, _, sealed := r.op.state(); err != nil && !sealed {
+	_, _, sealed := r.op.state()
+	if err == nil && !sealed {
+		err = errors.New("CRIU has ended without asking whether it may end the process")
+	}
+	if !sealed {
 		return nil, r.rollBack(r.withLog(err))
 	} else if err != nil { // the images are whole: what still runs of it is ended
 		r.a.log.Warn("CRIU failed behind the seal, the images are whole", "app", r.app.Name, "err", err)
@@ -295,7 +301,10 @@ func (r *restoreRun) launchImage() error {
 		r.proc = p
 		r.a.setProcess(r.app.Name, p)
 	})
-	return errors.Join(err, <-asked)
+	if err == nil && !r.opening {
+		err = errors.New("CRIU has ended without telling that the process is there again")
+	}
+	return errors.Join(err, r.lost, <-asked)
 }
 
 // restoring is called by CRIU.
@@ -304,9 +313,38 @@ func (r *restoreRun) restoring(action string) error {
 	case criu.PostRestore:
 		return r.socketsBack()
 	case criu.PreResume:
-		return r.comeBack()
+		err := r.comeBack()
+		if err != nil && r.opened() { // its end would be the end of what clients speak with
+			r.lost, err = err, nil
+		}
+		return err
 	}
 	return nil
+}
+
+// openedPatience is how long the filter is asked whether it has opened the connections of
+// a restore where the answer to RESTORED was lost.
+const openedPatience = 3 * time.Second
+
+// opened tells whether clients may speak with the new process although opening the
+// connections has failed: the filter says so, or cannot be asked.
+func (r *restoreRun) opened() bool {
+	if !r.opening {
+		return false
+	}
+	ctx, cancel := r.op.cleanup()
+	defer cancel()
+	ctx, cancel = context.WithTimeout(ctx, openedPatience)
+	defer cancel()
+	state := control.StateRestored
+	_ = poll(ctx, pollFirst, pollMost, func() (bool, error) {
+		st, err := r.a.status(ctx, r.app.Name)
+		if err == nil {
+			state = st.State
+		}
+		return err == nil, nil
+	})
+	return state == control.StateRestored
 }
 
 // socketsBack tells the filter which sockets are there again. One that is missing

@@ -207,7 +207,10 @@ func (a *agent) resumeAction(op *operation, app *config.App, in *intent, st *pb.
 	defer s.Close()
 	r := &restoreRun{a: a, op: op, app: app, proc: proc, socks: s, id: in.SnapshotID, manifest: &Manifest{}}
 	if err := r.comeBack(); err != nil {
-		return "", nil, errors.Join(err, proc.stop(unix.SIGKILL, 0))
+		if !r.opened() {
+			err = errors.Join(err, proc.stop(unix.SIGKILL, 0))
+		}
+		return "", nil, err
 	}
 	return "its connections are open again", nil, nil
 }

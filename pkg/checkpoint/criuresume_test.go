@@ -44,6 +44,10 @@ func TestActionResume(t *testing.T) {
 				acts(t, a, criu.PostRestore, criu.PreResume)
 			}, control.StateRestored},
 		{"back, CRIU has let it run", control.StateRestoreStart, back, func(_ *world, c *playedCRIU) { close(c.ended) }, nil, control.StateRestored},
+		{"back, RESTORED has no answer", control.StateRestoreStart, back, func(w *world, c *playedCRIU) {
+			close(c.ended)
+			w.setFail("RESTORED lost", errTest)
+		}, nil, control.StateRestored},
 		{"back, CRIU failed", control.StateRestoreStart, back, func(_ *world, c *playedCRIU) { c.kills() }, nil, control.StateSnapshotDone},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -68,6 +72,9 @@ func TestActionResume(t *testing.T) {
 				t.Errorf("%v, did %s", err, w.trace())
 			}
 			wantState(t, w, c.after)
+			if c.after == control.StateRestored && !w.running {
+				t.Error("it was ended")
+			}
 		})
 	}
 }

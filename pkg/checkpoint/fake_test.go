@@ -124,6 +124,9 @@ func (w *world) step(event string, from []string, to string) (*connect.Response[
 		return nil, control.Error(connect.CodeFailedPrecondition, "redis", w.state, event+" is not allowed in "+w.state)
 	}
 	w.state = to
+	if err := w.fail[event+" lost"]; err != nil { // it is carried out, and the reply does not arrive
+		return nil, err
+	}
 	return connect.NewResponse(&pb.AppReply{App: "redis", State: to}), nil
 }
 

@@ -34,7 +34,8 @@ type restoreRun struct {
 	taken    bool // they were handed over before, and can go back there still
 
 	info     *pb.ConnInfoReply // the connections before the application started; nil where old sockets were in the way
-	opening  bool              // RESTORED was sent
+	opening  bool              // RESTORED was sent and not refused
+	lost     error             // why nobody knows whether it was carried out; the process runs
 	manifest *Manifest         // of the images; nil: the application is started anew
 	whole    chan error        // whether they are
 
@@ -465,6 +466,9 @@ func (r *restoreRun) open() error {
 		for _, n := range r.givenUp {
 			r.a.log.Warn("a connection was given up", "app", r.app.Name, "connection", n)
 		}
+	}
+	if connect.CodeOf(err) == connect.CodeFailedPrecondition {
+		r.opening = false
 	}
 	return filterError(err, r.app.Name, control.RequestRestored)
 }
