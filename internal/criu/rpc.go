@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -95,7 +96,7 @@ func ptr[T any](v T) *T { return &v }
 
 // do sends one request and answers the notifications that come before its reply.
 // When ctx ends the next notification that may fail does: CRIU must not be killed while
-// it has its code in a task.
+// it has its code in a task. Before its first notification it has not, and is killed.
 func (r Run) do(ctx context.Context, what string, kind rpc.CriuReqType, o *rpc.CriuOpts) error {
 	images, err := os.Open(r.Images)
 	if err != nil {
@@ -115,8 +116,12 @@ func (r Run) do(ctx context.Context, what string, kind rpc.CriuReqType, o *rpc.C
 	// CRIU opens them by the numbers that they have in this process.
 	o.ImagesDirFd, o.WorkDirFd = ptr(int32(images.Fd())), ptr(int32(work.Fd()))
 	o.NotifyScripts = ptr(r.Notify != nil)
+	s.working = r.Notify == nil || kind == rpc.CriuReqType_PRE_DUMP // which notifies of nothing
+	defer context.AfterFunc(ctx, func() { s.abort(context.Cause(ctx)) })()
 	refused, err := s.ask(ctx, &rpc.CriuReq{Type: kind.Enum(), Opts: o}, r.Notify)
-	switch {
+	switch why := s.whyAborted(); {
+	case why != nil:
+		return why
 	case refused != nil: // what CRIU says of it is nothing but its consequence
 		return refused
 	case err == nil:
@@ -136,6 +141,33 @@ type session struct {
 	out   strings.Builder
 	ended chan struct{}
 	exit  error // once it has
+
+	mu      sync.Mutex
+	working bool  // it may have its code in tasks
+	aborted error // why it was killed before that
+}
+
+// abort kills a CRIU that has done nothing yet: it may hang, and asks nothing then.
+func (s *session) abort(why error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.working {
+		s.aborted = why
+		_ = s.cmd.Process.Kill()
+	}
+}
+
+// works notes that it has come to its first notification.
+func (s *session) works() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.working = true
+}
+
+func (s *session) whyAborted() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.aborted
 }
 
 func (r Run) start() (*session, error) {
@@ -192,6 +224,7 @@ func (s *session) ask(ctx context.Context, req *rpc.CriuReq, notify func(string,
 		if err != nil || n == 0 {
 			return refused, s.lost(err)
 		}
+		s.works()
 		var resp rpc.CriuResp
 		if err := resp.UnmarshalVT(buf[:n]); err != nil {
 			return refused, err

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,7 +24,8 @@ import (
 
 // playEnv has the test's program be a CRIU that does what it says, a word each:
 // NAME notifies, fail and done reply, die ends, garbage answers something else, log
-// writes an error into the log.
+// writes an error into the log, hang does nothing until nobody listens, leave starts a
+// process that keeps CRIU's socket and output; its number is in the file "left".
 const playEnv = "NFCF_TEST_PLAY_CRIU"
 
 func init() {
@@ -43,6 +45,7 @@ func init() {
 		_, _ = sk.Write(b)
 	}
 	ok := true
+	work := fmt.Sprintf("/proc/%d/fd/%d/", os.Getppid(), req.GetOpts().GetWorkDirFd())
 	for _, word := range strings.Fields(script) {
 		switch word {
 		case "die":
@@ -51,8 +54,18 @@ func init() {
 			os.Exit(7)
 		case "garbage":
 			_, _ = sk.Write([]byte("\xff\xff\xff\xff"))
+		case "hang":
+			_, _ = sk.Read(buf)
+			os.Exit(8)
+		case "leave":
+			child := exec.Command("sleep", "1000")
+			child.Stdout, child.ExtraFiles = os.Stdout, []*os.File{sk}
+			if err := child.Start(); err != nil {
+				os.Exit(3)
+			}
+			_ = os.WriteFile(work+"left", []byte(fmt.Sprint(child.Process.Pid)), 0o600)
 		case "log":
-			path := fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getppid(), req.GetOpts().GetWorkDirFd(), req.GetOpts().GetLogFile())
+			path := work + req.GetOpts().GetLogFile()
 			_ = os.WriteFile(path, []byte("(00.1) Error (criu/util.c:1): rlimit: Can't setup RLIMIT_NOFILE for self: EPERM\n(00.2) 7: Error (criu/x.c:9): the telling line\n(00.3) Error (criu/y.c:1): what follows\n"), 0o600)
 		case "done", "fail":
 			say(&rpc.CriuResp{Type: req.GetType().Enum(), Success: ptr(word == "done" && ok), CrErrmsg: ptr("")})
@@ -134,7 +147,7 @@ func TestRunRestore(t *testing.T) {
 func TestRunCancelled(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("the operator has had enough")
-	r, _ := play(t, "pre-dump post-dump done", nil)
+	r, _ := play(t, "pre-dump post-dump log done", nil)
 	r.Notify = func(action string, _ int) error {
 		if action == PreDump {
 			cancel(why)
@@ -145,6 +158,55 @@ func TestRunCancelled(t *testing.T) {
 	}
 	if err := r.Dump(ctx, DumpOptions{PID: 1}); !errors.Is(err, why) {
 		t.Errorf("%v", err)
+	}
+	if _, err := os.Stat(filepath.Join(r.Work, r.Log)); err != nil {
+		t.Errorf("it was not let come to its end: %v", err)
+	}
+}
+
+// A CRIU that hangs before it has notified of anything has done nothing, and ends with its
+// caller; one that notifies of nothing comes to its end.
+func TestRunAborted(t *testing.T) {
+	why := errors.New("the operator has had enough")
+	for name, do := range map[string]func(Run, context.Context) error{
+		"dump":    func(r Run, ctx context.Context) error { return r.Dump(ctx, DumpOptions{PID: 1}) },
+		"restore": Run.Restore,
+	} {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		r, seen := play(t, "hang", nil)
+		r.Start = func(cmd *exec.Cmd) error {
+			defer cancel(why)
+			return cmd.Start()
+		}
+		if err := do(r, ctx); !errors.Is(err, why) || err.Error() != why.Error() || len(*seen) > 0 {
+			t.Errorf("%s: %v, notified %q", name, err, *seen)
+		}
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(why)
+	r, _ := play(t, "done", nil)
+	if err := r.PreDump(ctx, DumpOptions{PID: 1}); err != nil {
+		t.Errorf("pre-dump: %v", err)
+	}
+}
+
+// What CRIU leaves behind keeps its socket and its output: its own end counts.
+func TestRunLeaves(t *testing.T) {
+	r, _ := play(t, "pre-restore leave die", nil)
+	err := r.Restore(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "it ended (exit status 7): something else") {
+		t.Errorf("%v", err)
+	}
+	b, err := os.ReadFile(filepath.Join(r.Work, "left"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(string(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -270,7 +270,7 @@ func (r *restoreRun) imagesDir() string {
 // trustedImages tells why the processes in the images are not to be made: whoever can
 // write there runs as root.
 func (r *restoreRun) trustedImages() error {
-	if err := r.a.store.checkImages(r.manifest); err != nil {
+	if err := r.a.store.checkImages(r.op.ctx, r.manifest); err != nil {
 		return err
 	}
 	return r.a.trustedFile(r.app, filepath.Join(filepath.Dir(r.imagesDir()), manifestFile))
@@ -280,8 +280,13 @@ func (r *restoreRun) trustedImages() error {
 // go on.
 func (r *restoreRun) launchImage() error {
 	r.op.enter("check")
-	if err := <-r.whole; err != nil {
-		return err
+	select {
+	case err := <-r.whole:
+		if err != nil {
+			return err
+		}
+	case <-r.op.ctx.Done(): // the reading ends with it
+		return context.Cause(r.op.ctx)
 	}
 	if who, err := r.a.images.taken(r.imagesDir()); err != nil {
 		return err

@@ -106,3 +106,30 @@ func TestImageToldOnce(t *testing.T) {
 		}
 	}
 }
+
+// TestImageCheckAborted: there may be much to read: whoever gives up does not wait for it,
+// and it is read no further.
+func TestImageCheckAborted(t *testing.T) {
+	needRoot(t)
+	w, a, _ := imageAway(t, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	reading := make(chan struct{})
+	a.trust = func(path string) error { // the last that is looked at
+		if strings.HasPrefix(path, a.store.dir) {
+			cancel()
+			<-reading
+		}
+		return nil
+	}
+	_, err := a.restore(ctx, "redis", "")
+	if connect.CodeOf(err) != connect.CodeAborted || w.running || w.state != control.StateSnapshotDone {
+		t.Errorf("%v, running %v, state %s", err, w.running, w.state)
+	}
+	close(reading)
+	a.wg.Wait()
+	m, err := a.store.imagesOf("redis", w.id)
+	try(t, err)
+	if err := a.store.checkImages(ctx, m); err != context.Canceled {
+		t.Errorf("it was read on: %v", err)
+	}
+}

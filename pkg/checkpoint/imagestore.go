@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -128,7 +129,7 @@ func (p *pendingSnapshot) sum() error {
 	dir, err := p.store.open()
 	if err == nil {
 		defer dir.Close()
-		sums, err = sumImages(dir, p.temp, p.early)
+		sums, err = sumImages(context.Background(), dir, p.temp, p.early)
 	}
 	if err = errors.Join(err, <-p.written); err != nil {
 		return fmt.Errorf("snapshot store: %w", err)
@@ -147,14 +148,14 @@ func isImage(name string) bool {
 }
 
 // sumImages gives the SHA-256 of each image of a snapshot's directory. Those that early knows
-// are not read again.
-func sumImages(dir *os.Root, snapshot string, early follower) (map[string]string, error) {
+// are not read again. It ends with ctx.
+func sumImages(ctx context.Context, dir *os.Root, snapshot string, early follower) (map[string]string, error) {
 	all := map[string]string{}
 	for _, d := range imageDirs {
 		if d != imagesDir {
 			early = nil
 		}
-		sums, err := sumDir(dir, filepath.Join(snapshot, d), early)
+		sums, err := sumDir(ctx, dir, filepath.Join(snapshot, d), early)
 		if errors.Is(err, os.ErrNotExist) && d == preImagesDir {
 			continue
 		}
@@ -209,7 +210,7 @@ func syncImages(dir *os.Root, name string) error {
 
 // sumDir gives the SHA-256 of each file of a directory, in hexadecimal. There are
 // thousands of small ones: each costs but what the kernel takes for it.
-func sumDir(dir *os.Root, name string, early follower) (map[string]string, error) {
+func sumDir(ctx context.Context, dir *os.Root, name string, early follower) (map[string]string, error) {
 	d, err := dir.Open(name)
 	if err != nil {
 		return nil, err
@@ -244,7 +245,7 @@ func sumDir(dir *os.Root, name string, early follower) (map[string]string, error
 				if out[i] = known(early, int(d.Fd()), names[i]); out[i] != "" {
 					continue
 				}
-				if out[i], errs[w] = sumFile(int(d.Fd()), names[i], buf); errs[w] != nil {
+				if out[i], errs[w] = sumFile(ctx, int(d.Fd()), names[i], buf); errs[w] != nil {
 					errs[w] = fmt.Errorf("%s: %w", filepath.Join(name, names[i]), errs[w])
 				}
 			}
@@ -268,7 +269,7 @@ func known(early follower, dir int, name string) string {
 	return sum
 }
 
-func sumFile(dir int, name string, buf []byte) (string, error) {
+func sumFile(ctx context.Context, dir int, name string, buf []byte) (string, error) {
 	fd, err := again(func() (int, error) {
 		return unix.Openat(dir, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	})
@@ -285,6 +286,9 @@ func sumFile(dir int, name string, buf []byte) (string, error) {
 	}
 	h := sha256.New()
 	for {
+		if err := context.Cause(ctx); err != nil {
+			return "", err
+		}
 		n, err := again(func() (int, error) { return unix.Read(fd, buf) })
 		if err != nil {
 			return "", err
@@ -304,8 +308,8 @@ func again(f func() (int, error)) (n int, err error) {
 }
 
 // checkImages compares the images of a snapshot with its manifest: each is there as it
-// was written, and nothing else.
-func (s store) checkImages(m *Manifest) error {
+// was written, and nothing else. There may be much to read: it ends with ctx.
+func (s store) checkImages(ctx context.Context, m *Manifest) error {
 	dir, err := os.OpenRoot(s.dir)
 	if err != nil {
 		return err
@@ -315,7 +319,10 @@ func (s store) checkImages(m *Manifest) error {
 	bad := func(what string) error {
 		return fmt.Errorf("snapshot %s of %s is damaged: %s; its connections stay held, put the file back from another copy or give the application up (ckptctl stop %[2]s --discard)", m.ID, m.App, what)
 	}
-	sums, err := sumImages(dir, where, nil)
+	sums, err := sumImages(ctx, dir, where, nil)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	if err != nil {
 		return bad(err.Error())
 	}

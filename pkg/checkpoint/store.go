@@ -309,7 +309,7 @@ func (s store) check(app, id string) (m *Manifest, connections []byte, err error
 		return nil, nil, fmt.Errorf("snapshot %s of %s is damaged: its manifest does not name %s", id, app, connectionsFile)
 	}
 	if m.images() {
-		if err := s.checkImages(m); err != nil {
+		if err := s.checkImages(context.Background(), m); err != nil {
 			return nil, nil, err
 		}
 	}
