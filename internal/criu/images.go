@@ -78,7 +78,7 @@ func Sockets(dir string) ([]Socket, error) { return sockets(dir, nil) }
 func sockets(dir string, early *Follower) ([]Socket, error) {
 	var inos []uint32
 	var out []Socket
-	err := entries(filepath.Join(dir, "files.img"), func(b []byte) error {
+	err := entries(filepath.Join(dir, "files.img"), magicFiles, func(b []byte) error {
 		var f fdinfo.FileEntry
 		if err := proto.Unmarshal(b, &f); err != nil {
 			return err
@@ -187,10 +187,13 @@ func readStream(dir int, name string, buf []byte) (*tcp_stream.TcpStreamEntry, e
 // behind the entry.
 func stream(b []byte) (*tcp_stream.TcpStreamEntry, error) {
 	full := len(b) == streamHead
-	if len(b) <= magics {
-		return nil, errNone
+	if err := ofKind(b, magicImage, magicStream); err != nil {
+		return nil, err
 	}
-	if b = b[magics:]; len(b) < 4 {
+	switch b = b[2*magicSize:]; {
+	case len(b) == 0:
+		return nil, errNone
+	case len(b) < 4:
 		return nil, errCutOff
 	}
 	n := binary.LittleEndian.Uint32(b)
@@ -224,7 +227,7 @@ func (s *Socket) numbers(t *tcp_stream.TcpStreamEntry) {
 // PIDs reads the numbers of all threads in images.
 func PIDs(dir string) ([]int, error) {
 	var out []int
-	err := entries(filepath.Join(dir, "pstree.img"), func(b []byte) error {
+	err := entries(filepath.Join(dir, "pstree.img"), magicTree, func(b []byte) error {
 		var p pstree.PstreeEntry
 		if err := proto.Unmarshal(b, &p); err != nil {
 			return err
@@ -234,6 +237,9 @@ func PIDs(dir string) ([]int, error) {
 		}
 		return nil
 	})
+	if err == nil && len(out) == 0 {
+		err = fmt.Errorf("%s: %w", filepath.Join(dir, "pstree.img"), errNone)
+	}
 	return out, err
 }
 
@@ -262,27 +268,59 @@ var (
 	errNone   = errors.New("it has no entry")
 	errNoFile = errors.New("it is no regular file")
 	errCutOff = errors.New("it is cut off")
+	errKind   = errors.New("it is no image of that kind")
 )
 
-// magics is the length of what is in front of an image's first entry.
-const magics = 8
+// What images begin with (criu/include/magic.h), each number in magicSize octets.
+const (
+	magicImage     = 0x54564319 // of all that are read here but the inventory
+	magicFiles     = 0x56303138
+	magicTree      = 0x50273030
+	magicStream    = 0x51465506
+	magicInventory = 0x58313116
 
-// entries calls f for each entry of an image: two magic numbers, then each entry behind
-// its length (criu/image.c).
-func entries(path string, f func([]byte) error) error { return entriesAt(path, magics, f) }
+	magicSize = 4
+)
 
-// entriesAt is entries of an image that begins with so many octets of magic numbers.
-func entriesAt(path string, magics int64, f func([]byte) error) error {
+// ofKind tells why a file that begins with b does not begin with those numbers: one that is
+// empty would else look like an image without entries.
+func ofKind(b []byte, magics ...uint32) error {
+	if len(b) < magicSize*len(magics) {
+		return errCutOff
+	}
+	for i, m := range magics {
+		if binary.LittleEndian.Uint32(b[magicSize*i:]) != m {
+			return errKind
+		}
+	}
+	return nil
+}
+
+// entries calls f for each entry of an image of that kind: two magic numbers, then each
+// entry behind its length (criu/image.c).
+func entries(path string, kind uint32, f func([]byte) error) error {
+	return entriesBehind(path, f, magicImage, kind)
+}
+
+// entriesBehind is entries of an image that begins with those numbers.
+func entriesBehind(path string, f func([]byte) error, magics ...uint32) error {
 	file, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer file.Close()
-	var length [4]byte
-	if _, err := file.Seek(magics, io.SeekStart); err != nil {
-		return err
-	}
 	in := bufio.NewReader(file)
+	begin, err := in.Peek(magicSize * len(magics))
+	if err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	if err := ofKind(begin, magics...); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	if _, err := in.Discard(len(begin)); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	var length [4]byte
 	for {
 		switch _, err := io.ReadFull(in, length[:]); {
 		case errors.Is(err, io.EOF):

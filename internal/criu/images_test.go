@@ -13,16 +13,29 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
 	sk_inet "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
 	sk_opts "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-opts"
 	tcp_stream "github.com/checkpoint-restore/go-criu/v8/crit/images/tcp-stream"
+	"github.com/checkpoint-restore/go-criu/v8/magic"
 )
+
+// begin is what an image of a kind begins with.
+func begin(kind uint32) []byte {
+	return binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint32(nil, magicImage), kind)
+}
 
 // image writes one as CRIU does: two magic numbers, entries behind their lengths, and more.
 func image(t *testing.T, path string, more []byte, entries ...proto.Message) {
 	t.Helper()
-	b := []byte("magicmgc")
+	b := begin(magicStream)
+	switch filepath.Base(path) {
+	case "files.img":
+		b = begin(magicFiles)
+	case "pstree.img":
+		b = begin(magicTree)
+	}
 	for _, e := range entries {
 		p, err := proto.Marshal(e)
 		if err != nil {
@@ -101,19 +114,25 @@ func TestSockets(t *testing.T) {
 
 // Damaged images are named, whatever is wrong with them.
 func TestImageFaults(t *testing.T) {
-	long := binary.LittleEndian.AppendUint32([]byte("magicmgc"), 1<<31)
+	behind := func(kind uint32, more string) []byte { return append(begin(kind), more...) }
 	for name, c := range map[string]struct {
 		files, stream []byte
 		want          string
 	}{
-		"no files":       {nil, nil, "files.img"},
-		"cut in length":  {[]byte("magicmgc\x01"), nil, "it is cut off"},
-		"cut in entry":   {[]byte("magicmgc\x09\x00\x00\x00abc"), nil, "it is cut off"},
-		"too long":       {long, nil, "none of CRIU's"},
-		"no protobuf":    {[]byte("magicmgc\x03\x00\x00\x00\xff\xff\xff"), nil, "files.img"},
-		"stream missing": {[]byte("ok"), nil, "tcp-stream-10.img"},
-		"stream empty":   {[]byte("ok"), []byte("magicmgc"), "it has no entry"},
-		"stream cut":     {[]byte("ok"), []byte("magicmgc\xf0\x00\x00\x00"), "tcp-stream-10.img"},
+		"no files":         {nil, nil, "files.img"},
+		"empty":            {[]byte{}, nil, "files.img: it is cut off"},
+		"cut in magic":     {begin(magicFiles)[:7], nil, "files.img: it is cut off"},
+		"another kind":     {behind(magicTree, ""), nil, "files.img: it is no image of that kind"},
+		"no image":         {[]byte("#!/bin/sh\nexit 0\n"), nil, "files.img: it is no image of that kind"},
+		"cut in length":    {behind(magicFiles, "\x01"), nil, "it is cut off"},
+		"cut in entry":     {behind(magicFiles, "\x09\x00\x00\x00abc"), nil, "it is cut off"},
+		"too long":         {behind(magicFiles, "\x00\x00\x00\x80"), nil, "none of CRIU's"},
+		"no protobuf":      {behind(magicFiles, "\x03\x00\x00\x00\xff\xff\xff"), nil, "files.img"},
+		"stream of nobody": {[]byte("ok"), []byte{}, "tcp-stream-10.img: it is cut off"},
+		"stream foreign":   {[]byte("ok"), behind(magicFiles, "\x00\x00\x00\x00"), "tcp-stream-10.img: it is no image of that kind"},
+		"stream missing":   {[]byte("ok"), nil, "tcp-stream-10.img"},
+		"stream empty":     {[]byte("ok"), begin(magicStream), "it has no entry"},
+		"stream cut":       {[]byte("ok"), behind(magicStream, "\xf0\x00\x00\x00"), "tcp-stream-10.img"},
 	} {
 		dir := t.TempDir()
 		path := filepath.Join(dir, "files.img")
@@ -153,11 +172,51 @@ func TestPIDs(t *testing.T) {
 	if _, err := PIDs(t.TempDir()); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("%v", err)
 	}
+	image(t, filepath.Join(dir, "pstree.img"), nil)
+	if _, err := PIDs(dir); !errors.Is(err, errNone) {
+		t.Errorf("no process: %v", err)
+	}
+}
+
+// The numbers are CRIU's.
+func TestMagicNumbers(t *testing.T) {
+	for name, have := range map[string]uint64{"IMG_COMMON": magicImage, "FILES": magicFiles, "PSTREE": magicTree, "TCP_STREAM": magicStream, "INVENTORY": magicInventory} {
+		if want := magic.LoadMagic().ByName[name]; have != want {
+			t.Errorf("%s: %#x, want %#x", name, have, want)
+		}
+	}
+}
+
+// TestNetworkLock reads the one image that begins with one number.
+func TestNetworkLock(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "inventory.img")
+	write := func(kind uint32) {
+		b, err := proto.Marshal(&inventory.InventoryEntry{ImgVersion: proto.Uint32(2), NetworkLockMethod: proto.Uint32(2)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint32(nil, kind), uint32(len(b)))
+		if err := os.WriteFile(path, append(all, b...), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(magicInventory)
+	if lock, err := NetworkLock(dir); lock != LockSkip || err != nil {
+		t.Errorf("%s, %v", lock, err)
+	}
+	for _, spoil := range []func(){func() { write(magicImage) }, func() { _ = os.Truncate(path, 2) }, func() { _ = os.Truncate(path, 0) }} {
+		spoil()
+		if _, err := NetworkLock(dir); err == nil || !strings.Contains(err.Error(), "inventory.img: it is ") {
+			t.Errorf("%v", err)
+		}
+	}
 }
 
 // FuzzSockets: no image makes the reader panic or hold more than it has.
 func FuzzSockets(f *testing.F) {
-	f.Add([]byte("magicmgc\x03\x00\x00\x00abc"), []byte("magicmgc\x02\x00\x00\x00\x08\x01"))
+	f.Add(append(begin(magicFiles), "\x03\x00\x00\x00abc"...), append(begin(magicStream), "\x02\x00\x00\x00\x08\x01"...))
+	f.Add(append(begin(magicTree), "\x00\x00\x00\x00"...), []byte{})
 	f.Fuzz(func(t *testing.T, files, stream []byte) {
 		dir := t.TempDir()
 		_ = os.WriteFile(filepath.Join(dir, "files.img"), files, 0o600)

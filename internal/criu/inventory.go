@@ -16,8 +16,8 @@ const LockSkip = "skip"
 // NetworkLock tells with which lock images were written.
 func NetworkLock(dir string) (string, error) {
 	lock := lockNames[0]
-	const magics = 4 // this image alone has one (do_open_image, img_write_magic)
-	err := entriesAt(filepath.Join(dir, "inventory.img"), magics, func(b []byte) error {
+	// This image alone has one (do_open_image, img_write_magic).
+	err := entriesBehind(filepath.Join(dir, "inventory.img"), func(b []byte) error {
 		var e inventory.InventoryEntry
 		if err := proto.Unmarshal(b, &e); err != nil {
 			return err
@@ -26,6 +26,6 @@ func NetworkLock(dir string) (string, error) {
 			lock = lockNames[n]
 		}
 		return nil
-	})
+	}, magicInventory)
 	return lock, err
 }
