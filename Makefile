@@ -1,4 +1,4 @@
-# Targets: build demo test test-unit sim bench fuzz lint fmt generate clean
+# Targets: build demo test test-unit test-crash sim bench fuzz lint fmt generate clean
 SHELL       := /bin/bash
 export CGO_ENABLED ?= 0
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -19,7 +19,7 @@ SUDO := sudo
 EXEC := -exec 'sudo env PATH=$(PATH) NFCF_BIN=$(CURDIR)/bin'
 endif
 
-.PHONY: all build demo test test-unit test-race test-root sim bench fuzz lint vet fmt generate clean deps-test
+.PHONY: all build demo test test-unit test-race test-root test-crash sim bench fuzz lint vet fmt generate clean deps-test
 all: build
 
 build:
@@ -56,6 +56,12 @@ test: deps-test build vet
 	@$(MAKE) --no-print-directory sim
 	@$(MAKE) --no-print-directory test-race
 	@$(MAKE) --no-print-directory test-root
+
+# What dies on the way: filter and agent at the boundaries of their effects and at any time,
+# KILLS times in each of four settings.
+KILLS ?= 130
+test-crash: deps-test bin/bytecount bin/demo bin/pool bin/interp
+	NFCF_BIN=$(CURDIR)/bin go test -count=1 -v -timeout 150m $(EXEC) ./test -run '^TestKills$$' -kills $(KILLS)
 
 # The engine between two real TCP stacks. A seed that fails is named with the
 # command that plays it again.

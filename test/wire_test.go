@@ -49,6 +49,12 @@ const (
 // behind what was sent, a timestamp that moves back or echoes one that was
 // never sent.
 func wireFaults(vip string, packets []gopacket.Packet) error {
+	return wireFaultsLosing(vip, packets, overtaking)
+}
+
+// wireFaultsLosing is wireFaults where what the node was about to send may be lost, which is seen as a
+// hole, and is sent again within a time.
+func wireFaultsLosing(vip string, packets []gopacket.Packet, within time.Duration) error {
 	conns := map[netip.AddrPort]*wireConn{}
 	var faults []error
 	for i, p := range packets {
@@ -83,7 +89,7 @@ func wireFaults(vip string, packets []gopacket.Packet) error {
 		case c.local.known && c.local.end.Less(seq) && c.hole == nil:
 			c.hole = fmt.Errorf("segment %d, to %v: a hole of %d octets before it: %v", i, id, seq.Size(c.local.end), p)
 			c.holeEnd, c.holeAt = seq, at
-		case c.hole != nil && seq.Less(c.holeEnd) && c.holeEnd.LessEq(end) && at.Sub(c.holeAt) < overtaking:
+		case c.hole != nil && seq.Less(c.holeEnd) && c.holeEnd.LessEq(end) && at.Sub(c.holeAt) < within:
 			c.hole = nil // it was only overtaken
 		}
 		c.local.sent(tcp, at)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 	"github.com/nfconnfilter/nfconnfilter/pkg/checkpoint"
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 )
@@ -56,6 +57,7 @@ it, after a snapshot or restore under way was undone or finished.`,
 			Reload:    reload,
 			Failpoint: os.Getenv("NFCONNFILTER_AGENT_FAILPOINT"),
 			Holdpoint: os.Getenv("NFCONNFILTER_AGENT_HOLDPOINT"),
+			Ends:      failpoint.New(os.Getenv(failpoint.Env)),
 		})
 		if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 			return nil // asked to end, and ended

@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 	"github.com/nfconnfilter/nfconnfilter/internal/node"
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
@@ -54,7 +55,7 @@ func run(f *files) error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	n, err := node.Open(cfg, log)
+	n, err := node.Open(cfg, log, failpoint.New(os.Getenv(failpoint.Env)))
 	if err != nil {
 		return err
 	}

@@ -10,7 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -18,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 	"github.com/nfconnfilter/nfconnfilter/internal/inject"
 	"github.com/nfconnfilter/nfconnfilter/internal/journal"
 	"github.com/nfconnfilter/nfconnfilter/internal/nfq"
@@ -41,6 +44,7 @@ type Node struct {
 	owed      bool        // they should be on the disk already
 
 	instance string // another one for each start
+	ends     *failpoint.Points
 
 	engine *filter.Engine
 	fx     filter.Effects
@@ -87,14 +91,15 @@ type result struct {
 var errStopping = errors.New("the filter is stopping")
 
 // Open installs the rules and opens the queue and the raw sockets, in the
-// calling thread's network namespace. Errors name what is missing.
-func Open(cfg *config.Config, log *slog.Logger) (*Node, error) {
+// calling thread's network namespace. Errors name what is missing. ends are where tests of
+// crashes have the process end; nil: nowhere.
+func Open(cfg *config.Config, log *slog.Logger, ends *failpoint.Points) (*Node, error) {
 	q := cfg.Node.Queue
 	var seed [8]byte
 	if _, err := rand.Read(seed[:]); err != nil {
 		return nil, err
 	}
-	n := &Node{log: log, states: map[string]string{}, changed: make(chan struct{}),
+	n := &Node{log: log, ends: ends, states: map[string]string{}, changed: make(chan struct{}),
 		active: map[netip.Addr]bool{}, calls: map[uint64]*call{}}
 	n.cfg.Store(cfg)
 	n.instance = strconv.FormatUint(binary.LittleEndian.Uint64(seed[:]), 36)
@@ -312,6 +317,7 @@ func (n *Node) act(sends int) {
 		if _, err := n.rules.DeleteConntrack(n.flows); err != nil {
 			n.log.Warn("connection tracking entries are still there", "error", err)
 		}
+		n.reach(failpoint.Untracked)
 	}
 	fx.Untrack = fx.Untrack[:0]
 	if len(fx.Sets) > 0 {
@@ -319,31 +325,46 @@ func (n *Node) act(sends int) {
 		for _, c := range fx.Sets {
 			n.changes = append(n.changes, rules.Change{Set: setOf[c.Set], Add: c.Add, IP: c.IP, Port: c.Port, Peer: c.Peer})
 		}
+		n.reach(failpoint.Sets)
 		if err := n.apply(); err != nil {
 			n.failed = errors.Join(n.failed, err)
 		}
+		n.reach(failpoint.Switched)
 		if last {
 			n.wg.Go(n.disengage)
 		}
 		fx.Sets = fx.Sets[:0]
 	}
+	n.reach(failpoint.Verdicts)
 	if err := n.queue.Flush(); err != nil {
 		n.log.Error("verdicts were refused", "error", err)
 	}
+	n.reach(failpoint.Judged)
 	if sends > n.sent {
 		for _, s := range fx.Sends[n.sent:sends] {
 			n.inj.Add(s.Data, s.Tracked)
 		}
 		n.sent = sends
+		n.reach(failpoint.Send)
 		if _, err := n.inj.Flush(); err != nil {
 			n.log.Warn("packets were not sent", "error", err)
 		}
+		n.reach(failpoint.Sent)
 	}
 }
 
 var setOf = [...]rules.Set{
 	filter.SetVIP: rules.VIP, filter.SetFull: rules.Full, filter.SetAway: rules.Away,
 	filter.SetActive: rules.Active, filter.SetSkip: rules.Skip, filter.SetFlow: rules.Flow,
+}
+
+// reach is called at each boundary of an effect.
+func (n *Node) reach(boundary string) {
+	n.ends.Here(boundary, func() []string {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		return slices.Collect(maps.Values(n.states))
+	})
 }
 
 // tell hands on notes, replies and restore requests.
@@ -377,9 +398,12 @@ func (n *Node) tell(failed error) {
 		if r.Err == nil {
 			r.Err = failed
 		}
+		n.reach(failpoint.Reply)
 		n.answer(c, result{r.Body, r.Err})
+		n.reach(failpoint.Replied)
 	}
 	for _, r := range fx.Restores {
+		n.reach(failpoint.Call)
 		n.wg.Go(func() { n.requestRestore(r) })
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/fxamacker/cbor/v2"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 	"github.com/nfconnfilter/nfconnfilter/internal/journal"
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
 	"github.com/nfconnfilter/nfconnfilter/pkg/seqnum"
@@ -81,12 +82,14 @@ func (n *Node) save() error {
 	if len(n.unsaved) == 0 {
 		return nil
 	}
+	n.reach(failpoint.Record)
 	err := n.journal.Apply(n.unsaved)
 	if err != nil { // tried again with the next record, and before a request is answered
 		n.unsaved, n.owed, n.unsavedAt = newest(n.unsaved), true, now()
 		n.spool(false)
 		return fmt.Errorf("the journal cannot be written, a filter that starts anew would not know of this: %w", err)
 	}
+	n.reach(failpoint.Recorded)
 	clear(n.unsaved)
 	n.unsaved, n.owed, n.unsavedAt = n.unsaved[:0], false, 0
 	n.spool(true)

@@ -18,6 +18,7 @@ import (
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 	"github.com/nfconnfilter/nfconnfilter/internal/restorereq"
 	"github.com/nfconnfilter/nfconnfilter/internal/sockdiag"
 	"github.com/nfconnfilter/nfconnfilter/internal/vip"
@@ -59,6 +60,8 @@ type Options struct {
 	// Holdpoint is a file; while a line of it is OPERATION/PHASE, that phase does
 	// not go on: for tests of what happens just then. Empty: none.
 	Holdpoint string
+	// Ends are where the agent's process ends, for tests of crashes; nil: nowhere.
+	Ends *failpoint.Points
 }
 
 // sockets is the part of sockdiag.Conn that the agent needs.
@@ -149,11 +152,11 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	closeOnExec()
-	launch := &osLauncher{stateDir: cfg.Node.StateDir, log: o.Logger, hooks: kernelHooks{}}
-	filter := control.Dial(cfg.Node.ControlSocket, connect.WithInterceptors(patience(filterPatience)))
+	launch := &osLauncher{stateDir: cfg.Node.StateDir, log: o.Logger, hooks: kernelHooks{}, ends: o.Ends}
+	filter := control.Dial(cfg.Node.ControlSocket, connect.WithInterceptors(patience(filterPatience), crossing(o.Ends)))
 	defer filter.Close()
 	a := newAgent(ctx, o, cfg, filter)
-	a.launch, a.addrs = launch, osAddresses{log: o.Logger}
+	a.launch, a.addrs = launch, osAddresses{log: o.Logger, ends: o.Ends}
 	criu := osImager{launch, func() string { return a.config().Node.CRIU.Command }}
 	a.images, a.foreign = criu, criu
 	a.openSockets = openSockets
@@ -418,6 +421,7 @@ func (a *agent) setProcess(app string, p process) {
 type osAddresses struct {
 	log  *slog.Logger
 	host string // the node's namespace; "": the agent's
+	ends *failpoint.Points
 }
 
 func (o osAddresses) in(namespace string, f func() error) error {
@@ -428,6 +432,8 @@ func (o osAddresses) in(namespace string, f func() error) error {
 }
 
 func (o osAddresses) add(namespace, iface string, addr netip.Addr) error {
+	o.ends.Here(failpoint.Address, nil)
+	defer o.ends.Here(failpoint.Moved, nil)
 	return o.in(namespace, func() error {
 		if err := vip.Add(iface, addr); err != nil {
 			return err
@@ -444,6 +450,8 @@ func (o osAddresses) add(namespace, iface string, addr netip.Addr) error {
 }
 
 func (o osAddresses) remove(namespace, iface string, addr netip.Addr) error {
+	o.ends.Here(failpoint.Address, nil)
+	defer o.ends.Here(failpoint.Moved, nil)
 	return o.in(namespace, func() error { return vip.Remove(iface, addr) })
 }
 

@@ -175,7 +175,7 @@ func (o osImager) restore(ctx context.Context, app *config.App, r imageRun, back
 	if err != nil {
 		return fmt.Errorf("restoring %s needs a cgroup of its own, to end what CRIU leaves when it fails: %w; give the agent cgroup v2 (mount -t cgroup2 none /sys/fs/cgroup)", app.Name, err)
 	}
-	p := &osProcess{rec: record{App: app.Name, BootID: bootID(), Cgroup: string(group), OwnSession: true, OwnGroup: true, Mark: mark},
+	p := &osProcess{ends: l.ends, rec: record{App: app.Name, BootID: bootID(), Cgroup: string(group), OwnSession: true, OwnGroup: true, Mark: mark},
 		ended: func() { l.forget(app.Name) }}
 	opened := false
 	run := o.run(r)

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 )
 
 // intent is what an operation is about to do, on the disk before it does it
@@ -90,7 +92,7 @@ func (s intents) clear(app string) error {
 // intend records what the operation is about to do.
 func (a *agent) intend(op *operation, in intent) error {
 	in.App, in.Op, in.Ran, in.ToNode = op.app, op.name, op.ran, op.toNode
-	if err := a.intents.save(in); err != nil {
+	if err := a.saveIntent(in); err != nil {
 		return fmt.Errorf("%w; nothing was done", err)
 	}
 	op.intended = true
@@ -107,5 +109,11 @@ func (r *snapshotRun) intend(in intent) error {
 	was.Op = cmp.Or(was.Op, r.op.name)
 	was.Sealed, was.Force = was.Sealed || in.Sealed, was.Force || in.Force
 	was.SnapshotID = cmp.Or(was.SnapshotID, in.SnapshotID)
-	return r.a.intents.save(was)
+	return r.a.saveIntent(was)
+}
+
+func (a *agent) saveIntent(in intent) error {
+	a.o.Ends.Here(failpoint.Intent, nil)
+	defer a.o.Ends.Here(failpoint.Intended, nil)
+	return a.intents.save(in)
 }

@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 )
 
@@ -50,6 +51,7 @@ type osLauncher struct {
 	hooks    connectHooks
 	hooking  sync.Mutex // one at a time: a reload may meet a start
 	noCgroup bool       // tests: stop by signals
+	ends     *failpoint.Points
 	// children counts the goroutines that reap.
 	children sync.WaitGroup
 }
@@ -167,6 +169,7 @@ func (l *osLauncher) start(app *config.App) (process, error) {
 	if err := saveRecord(l.stateDir, record{App: app.Name, BootID: bootID(), Mark: mark}); err != nil {
 		return nil, fmt.Errorf("record of %s: %w; nothing was started", app.Name, err)
 	}
+	l.ends.Here(failpoint.Launch, nil)
 	group, err := l.startInCgroup(app, cmd, mark)
 	if group == "" && err == nil {
 		err = startIn(app.Process.Namespace, cmd)
@@ -175,12 +178,13 @@ func (l *osLauncher) start(app *config.App) (process, error) {
 		l.forget(app.Name)
 		return nil, fmt.Errorf("start %s: %w", app.Name, err)
 	}
+	l.ends.Here(failpoint.Launched, nil)
 	st, err := readStat(cmd.Process.Pid)
 	if err != nil {
 		// It is our child and not reaped yet, so /proc itself is at fault.
 		return nil, errors.Join(fmt.Errorf("start %s: %w", app.Name, err), cmd.Process.Kill(), cmd.Wait())
 	}
-	p := &osProcess{child: make(chan struct{}), rec: record{
+	p := &osProcess{ends: l.ends, child: make(chan struct{}), rec: record{
 		App: app.Name, PID: st.pid, StartTime: st.start, BootID: bootID(),
 		Cgroup: string(group), OwnSession: true, OwnGroup: true, Mark: mark,
 	}}
@@ -311,7 +315,7 @@ func (l *osLauncher) find(app *config.App) (process, error) {
 		}
 	}
 	if rec != nil {
-		p := &osProcess{rec: *rec, ended: func() { l.forget(app.Name) }}
+		p := &osProcess{ends: l.ends, rec: *rec, ended: func() { l.forget(app.Name) }}
 		if p.alive() {
 			return p, nil
 		}
@@ -354,7 +358,7 @@ func (l *osLauncher) take(app *config.App, st procStat, group cgroup) (process, 
 	if err := saveRecord(l.stateDir, r); err != nil {
 		return nil, fmt.Errorf("record of %s: %w", app.Name, err)
 	}
-	return &osProcess{rec: r, ended: func() { l.forget(app.Name) }}, nil
+	return &osProcess{ends: l.ends, rec: r, ended: func() { l.forget(app.Name) }}, nil
 }
 
 // readPidFile gives the process number in the file, 0 when there is none. The

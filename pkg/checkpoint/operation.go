@@ -14,6 +14,7 @@ import (
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 	pb "github.com/nfconnfilter/nfconnfilter/pkg/control/gen/nfconnfilterv1"
 )
@@ -228,6 +229,7 @@ func (a *agent) finish(o *operation, err error) {
 	ended := err == nil && (o.intended || o.name == opRecover || o.name == opAbort || o.name == opStart)
 	undone := err != nil && o.intended && !o.sealed && o.name != opRecover
 	if (ended || undone) && !o.handedOn && !o.left {
+		a.o.Ends.Here(failpoint.Settled, nil)
 		if err := a.intents.clear(o.app); err != nil {
 			a.log.Error("the record of an operation stays", "app", o.app, "err", err)
 		}

@@ -6,6 +6,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 	"github.com/nfconnfilter/nfconnfilter/pkg/control"
 )
 
@@ -38,6 +39,17 @@ func patience(limit time.Duration) connect.Interceptor {
 				return !away(err), nil
 			})
 			return res, err
+		}
+	})
+}
+
+// crossing has the process end before or behind a request, for tests of crashes.
+func crossing(ends *failpoint.Points) connect.Interceptor {
+	return connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {
+		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+			ends.Here(failpoint.Ask, nil)
+			defer ends.Here(failpoint.Asked, nil)
+			return next(ctx, req)
 		}
 	})
 }

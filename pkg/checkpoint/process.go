@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 )
 
 // process is one running application: all its processes together.
@@ -50,6 +52,7 @@ type osProcess struct {
 	child chan struct{} // closed when our child was reaped; nil when it is not our child
 	// ended is called once when stop has seen the last process end.
 	ended func()
+	ends  *failpoint.Points
 
 	mu   sync.Mutex
 	exit string // how the child ended
@@ -184,6 +187,8 @@ func (p *osProcess) thaw() error {
 }
 
 func (p *osProcess) signal(sig unix.Signal) error {
+	p.ends.Here(failpoint.Signal, nil)
+	defer p.ends.Here(failpoint.Signaled, nil)
 	m, err := p.members()
 	for _, s := range m {
 		err = errors.Join(err, signalExactly(s, sig))

@@ -39,6 +39,8 @@ type ClusterOptions struct {
 	LoadFiles bool
 	// Holdpoint lets Node.Hold stop agents in a phase of an operation.
 	Holdpoint bool
+	// Failpoints as in Options.
+	Failpoints bool
 	// CRIU as in Options.
 	CRIU string
 	Apps []App
@@ -80,7 +82,7 @@ func NewCluster(o ClusterOptions) (c *Cluster, err error) {
 		letter := string(rune('a' + i))
 		n := &Node{
 			Net: c.Net.Net(i), Dir: c.Path(letter), name: "node-" + letter, root: c.Dir,
-			o: Options{Name: o.Name + "-" + letter, Bin: o.Bin, Holdpoint: o.Holdpoint, CRIU: o.CRIU}, behind: map[string]*testnet.NS{}, links: map[string]int{},
+			o: Options{Name: o.Name + "-" + letter, Bin: o.Bin, Holdpoint: o.Holdpoint, Failpoints: o.Failpoints, CRIU: o.CRIU}, behind: map[string]*testnet.NS{}, links: map[string]int{},
 		}
 		c.Nodes = append(c.Nodes, n)
 		if err := makeDirs(n.Dir, "log", "state"); err != nil {

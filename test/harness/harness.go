@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
 	"github.com/nfconnfilter/nfconnfilter/internal/testnet"
 )
 
@@ -42,6 +43,8 @@ type Options struct {
 	NoOffloads bool
 	// Holdpoint lets Hold stop an agent in a phase of an operation.
 	Holdpoint bool
+	// Failpoints lets EndAt end filter and agent at the boundaries of their effects.
+	Failpoints bool
 	// Scheduler, "IP:port", receives the restore requests; empty: the agent does.
 	Scheduler string
 	// CRIU is the command for applications with engine "criu".
@@ -205,18 +208,46 @@ func (n *Node) Up() error {
 
 // StartFilter starts nfconnfilter and waits for its READY=1.
 func (n *Node) StartFilter() (err error) {
-	n.Filter, err = n.startDaemon("nfconnfilter", "run")
+	n.Filter, err = n.startDaemon("nfconnfilter", "run", n.failpoints("filter")...)
 	return err
 }
 
 // StartAgent starts ckptctl agent and waits until its socket answers.
 func (n *Node) StartAgent() (err error) {
-	var env []string
+	env := n.failpoints("agent")
 	if n.o.Holdpoint {
 		env = append(env, "NFCONNFILTER_AGENT_HOLDPOINT="+n.Path("holdpoint"))
 	}
 	n.Agent, err = n.startDaemon("ckptctl", "agent", env...)
 	return err
+}
+
+// failpoints is the environment that names a program's file of points.
+func (n *Node) failpoints(program string) []string {
+	if !n.o.Failpoints {
+		return nil
+	}
+	return []string{failpoint.Env + "=" + n.Path(program+".failpoints")}
+}
+
+// EndAt has the "filter" or the "agent" end with SIGKILL at a point, whenever it comes there; nil
+// takes it back. It takes Options.Failpoints.
+func (n *Node) EndAt(program string, at *failpoint.Point) error {
+	if !n.o.Failpoints {
+		return errors.New("harness: the node was made without Failpoints")
+	}
+	path := n.Path(program + ".failpoints")
+	if at == nil {
+		if err := os.Remove(path); !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	// As a whole, because the program may be reading it.
+	if err := os.WriteFile(path+".new", []byte(at.String()), 0o644); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }
 
 // Hold has the agent wait in these phases of operations, each OPERATION/PHASE,

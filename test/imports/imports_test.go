@@ -110,7 +110,7 @@ var forbidden = []struct {
 	{[]string{"pkg/scheduler"}, []string{"pkg/...", "internal/..."}, []string{"pkg/appstate"}, "the scheduler decides on what nodes say; asking them is the driver's"},
 	{[]string{"internal/cluster", "internal/restorereq"}, append([]string{"pkg/filter", "pkg/checkpoint", "internal/node"}, edges...), nil, "the scheduler speaks with agents and touches nothing else of a node"},
 	{[]string{"pkg/filter", "pkg/filter/*"}, []string{"pkg/...", "internal/..."}, append([]string{"pkg/filter"}, pure...), "the engine decides; control and edges are the driver's"},
-	{[]string{"pkg/..."}, []string{"internal/..."}, []string{"internal/sockdiag", "internal/vip", "internal/connhook", "internal/criu", "internal/restorereq"}, "what others may import must not need the edges of the filter"},
+	{[]string{"pkg/..."}, []string{"internal/..."}, []string{"internal/sockdiag", "internal/vip", "internal/connhook", "internal/criu", "internal/restorereq", "internal/failpoint"}, "what others may import must not need the edges of the filter"},
 	{[]string{"pkg/control", "pkg/config"}, []string{"internal/..."}, nil, "clients and tools use these without any edge"},
 	{edges, append([]string{"pkg/filter", "pkg/tcpemu", "pkg/rewrite", "pkg/appstate", "pkg/checkpoint", "internal/node"}, edges...), nil,
 		"an edge touches the outside and decides nothing, and knows no other edge"},
