@@ -43,6 +43,8 @@ type Options struct {
 	NoOffloads bool
 	// Holdpoint lets Hold stop an agent in a phase of an operation.
 	Holdpoint bool
+	// Metrics is where the filter serves them in the node's namespace, ADDRESS:PORT; empty: nowhere.
+	Metrics string
 	// Failpoints lets EndAt end filter and agent at the boundaries of their effects.
 	Failpoints bool
 	// Scheduler, "IP:port", receives the restore requests; empty: the agent does.
@@ -128,7 +130,11 @@ func (n *Node) writeConfig() error {
 	if err := os.WriteFile(n.Path("shared", "cluster.toml"), []byte(cluster), 0o644); err != nil {
 		return err
 	}
-	if err := n.writeNode(""); err != nil {
+	more := ""
+	if n.o.Metrics != "" {
+		more = fmt.Sprintf("metrics_listen = %q\n", n.o.Metrics)
+	}
+	if err := n.writeNode(more); err != nil {
 		return err
 	}
 	for _, a := range n.o.Apps {

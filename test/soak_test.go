@@ -1,0 +1,148 @@
+package test
+
+import (
+	"bufio"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nfconnfilter/nfconnfilter/test/clients"
+	"github.com/nfconnfilter/nfconnfilter/test/harness"
+)
+
+var soakFlag = flag.Duration("soak", 16*time.Second, "how long TestSoak snapshots, restores and kills")
+
+// metricsAt is where the filter of a soak serves its metrics.
+const metricsAt = "127.0.0.1:9464"
+
+// use is what a process has of the machine.
+type use struct {
+	rss   int // KiB
+	files int
+	tasks int // goroutines of the filter, threads of the agent
+}
+
+// used looks at a daemon.
+func used(n *harness.Node, d *harness.Daemon) (u use, err error) {
+	dir := fmt.Sprintf("/proc/%d", d.PID())
+	fds, err := os.ReadDir(filepath.Join(dir, "fd"))
+	if err != nil {
+		return u, err
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "status"))
+	if err != nil {
+		return u, err
+	}
+	u.files = len(fds)
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		switch {
+		case len(f) < 2:
+		case f[0] == "VmRSS:":
+			u.rss, err = strconv.Atoi(f[1])
+		case f[0] == "Threads:" && d != n.Filter:
+			u.tasks, err = strconv.Atoi(f[1])
+		}
+		if err != nil {
+			return u, err
+		}
+	}
+	if d == n.Filter {
+		u.tasks, err = metric(n, "go_goroutines")
+	}
+	return u, err
+}
+
+// metric asks the filter for one of its metrics.
+func metric(n *harness.Node, name string) (int, error) {
+	c := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		Dial: func(string, string) (net.Conn, error) { return n.Net.Node().Dial("tcp", metricsAt) }}}
+	r, err := c.Get("http://" + metricsAt + "/metrics")
+	if err != nil {
+		return 0, err
+	}
+	defer r.Body.Close()
+	for s := bufio.NewScanner(io.LimitReader(r.Body, 1<<20)); s.Scan(); {
+		if v, ok := strings.CutPrefix(s.Text(), name+" "); ok {
+			x, err := strconv.ParseFloat(v, 64)
+			return int(x), err
+		}
+	}
+	return 0, fmt.Errorf("there is no metric %s", name)
+}
+
+// TestSoak snapshots and restores an application under clients that speak all the time, and
+// kills the agent now and then, later the filter. What the other one has of memory,
+// descriptors, goroutines or threads does not grow.
+func TestSoak(t *testing.T) {
+	for _, s := range []struct {
+		name string
+		criu bool
+	}{{"restart", false}, {"criu", true}} {
+		t.Run(s.name, func(t *testing.T) {
+			app := harness.Redis("redis", vip)
+			o := harness.Options{Name: "soak", Metrics: metricsAt}
+			if s.criu {
+				app.Checkpoint, app.Before = "engine = \"criu\"\n", nil
+				o = withCRIU(t, o)
+			}
+			o.Apps = []harness.App{app}
+			n, load := redisUp(t, o, 100, clients.KeepAlive{})
+			talk, stop := talk(t, load, 20*time.Millisecond)
+			soak(t, n, talk, "agent", *soakFlag/4, func() *harness.Daemon { return n.Filter }, func() error { n.Agent.Kill(); return n.StartAgent() })
+			soak(t, n, talk, "filter", *soakFlag/4, func() *harness.Daemon { return n.Agent }, func() error { n.Filter.Kill(); return n.StartFilter() })
+			must(t, stop())
+		})
+	}
+}
+
+// soak goes on for a time, in which kill ends and starts what is called victim.
+func soak(t *testing.T, n *harness.Node, talk *clients.Talk, victim string, long time.Duration, watched func() *harness.Daemon, kill func() error) {
+	t.Helper()
+	const each = 5 // cycles from one kill to the next
+	var seen []use
+	cycles, kills := 0, 0
+	for end := time.Now().Add(long); time.Now().Before(end) || len(seen) < 6; cycles++ {
+		everybody(t, talk, 1)
+		must(t, n.Ctl("snapshot", "redis").Err())
+		must(t, n.WaitState("redis", "RESTORED", reply))
+		must(t, harness.Wait(reply, "nothing is under way", func() bool { return doing(n, "redis") == "/" }))
+		everybody(t, talk, 1)
+		u, err := used(n, watched())
+		must(t, err)
+		seen = append(seen, u)
+		if cycles%each == each-1 {
+			must(t, kill())
+			kills++
+		}
+	}
+	third := len(seen) / 3
+	first, last := typical(seen[:third]), typical(seen[len(seen)-third:])
+	t.Logf("%d cycles with %d kills of the %s; the other one had %d KiB, %d descriptors, %d tasks, and has %d, %d, %d",
+		cycles, kills, victim, first.rss, first.files, first.tasks, last.rss, last.files, last.tasks)
+	if last.rss > first.rss*5/4+8<<10 || last.files > first.files+2 || last.tasks > first.tasks+4 {
+		t.Errorf("it grows")
+	}
+}
+
+// typical are the medians.
+func typical(seen []use) use {
+	median := func(of func(use) int) int {
+		var x []int
+		for _, u := range seen {
+			x = append(x, of(u))
+		}
+		slices.Sort(x)
+		return x[len(x)/2]
+	}
+	return use{median(func(u use) int { return u.rss }), median(func(u use) int { return u.files }), median(func(u use) int { return u.tasks })}
+}
