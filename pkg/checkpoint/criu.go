@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -273,7 +274,16 @@ func (r *restoreRun) trustedImages() error {
 	if err := r.a.store.checkImages(r.op.ctx, r.manifest); err != nil {
 		return err
 	}
-	return r.a.trustedFile(r.app, filepath.Join(filepath.Dir(r.imagesDir()), manifestFile))
+	at := filepath.Dir(r.imagesDir())
+	if err := r.a.trustedFile(r.app, filepath.Join(at, manifestFile)); err != nil {
+		return err
+	}
+	for _, d := range imageDirs {
+		if err := imagesOurs(filepath.Join(at, d)); err != nil && (d != preImagesDir || !errors.Is(err, os.ErrNotExist)) {
+			return err
+		}
+	}
+	return nil
 }
 
 // launchImage has CRIU make the processes again, and opens the connections before they

@@ -67,7 +67,7 @@ func (r *actionRun) prepareDump(ctx context.Context, m *pb.AgentCriuActionReques
 	if err != nil {
 		return failed(opCriu, app.Name, st.State, err)
 	}
-	r.dump = &snapshotRun{a: a, op: r.op, app: app, proc: proc, socks: s, drain: app.Checkpoint.DrainTimeout.Std(),
+	r.dump = &snapshotRun{a: a, op: r.op, app: app, proc: proc, socks: s, engine: config.EngineCRIU, drain: app.Checkpoint.DrainTimeout.Std(),
 		leftOut: map[string]bool{}, criu: r.criu, callers: at, id: newSnapshotID(time.Now())}
 	return nil
 }

@@ -256,7 +256,7 @@ func (a *agent) takeUp(app *config.App, ref criuRef, in *intent) error {
 		r.start()
 		return nil
 	}
-	r.dump = &snapshotRun{a: a, op: r.op, app: app, proc: proc, socks: s, drain: app.Checkpoint.DrainTimeout.Std(),
+	r.dump = &snapshotRun{a: a, op: r.op, app: app, proc: proc, socks: s, engine: config.EngineCRIU, drain: app.Checkpoint.DrainTimeout.Std(),
 		leftOut: map[string]bool{}, criu: ref, callers: in.Images, id: in.SnapshotID}
 	if in.Sealed {
 		if err := r.dump.prepare(); err != nil {

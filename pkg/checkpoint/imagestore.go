@@ -80,8 +80,7 @@ func (p *pendingSnapshot) keepLog() string {
 func (s store) reopen(m Manifest, temp string) (*pendingSnapshot, error) {
 	p := &pendingSnapshot{store: s, temp: temp, final: filepath.Join(m.App, m.ID), manifest: m}
 	p.manifest.Version = manifestVersion
-	name := filepath.Base(temp)
-	if !filepath.IsLocal(temp) || filepath.Dir(temp) != m.App || !strings.HasPrefix(name, tempPrefix) {
+	if !isTemp(m.App, temp) {
 		return nil, fmt.Errorf("snapshot store: %q is no place of a snapshot", temp)
 	}
 	dir, err := s.open()
@@ -344,6 +343,47 @@ func (s store) checkImages(ctx context.Context, m *Manifest) error {
 	return nil
 }
 
+// imagesOurs tells who else can write a directory of images, or an image in it. Of links
+// there is none but the one to the pre-dump, see sumDir.
+func imagesOurs(dir string) error {
+	fi, err := os.Lstat(dir)
+	if err == nil {
+		err = ours(dir, fi)
+	}
+	if err != nil {
+		return err
+	}
+	all, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range all {
+		if e.Type()&os.ModeSymlink != 0 {
+			continue
+		}
+		if fi, err = e.Info(); err == nil {
+			err = ours(filepath.Join(dir, e.Name()), fi)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// drop removes what a snapshot that was given up has left in temp.
+func (s store) drop(app, temp string) {
+	if isTemp(app, temp) {
+		(&pendingSnapshot{store: s, temp: temp}).discard()
+	}
+}
+
+// isTemp tells whether a path, which comes from a record, is one of a snapshot that is
+// being written.
+func isTemp(app, temp string) bool {
+	return filepath.IsLocal(temp) && filepath.Dir(temp) == app && strings.HasPrefix(filepath.Base(temp), tempPrefix)
+}
+
 // manifestOf gives the manifest of an application's snapshot; nil: it is not stored.
 func (s store) manifestOf(app, id string) (*Manifest, error) {
 	if !validSnapshotID(id) {
@@ -387,7 +427,7 @@ func (a *agent) storeLate(op *operation, app *config.App, in *intent, id string)
 	if in == nil || in.Temp == "" || !in.Sealed || in.SnapshotID != id || !validSnapshotID(id) {
 		return nil
 	}
-	p, err := a.store.reopen(a.manifest(app, id, ""), in.Temp)
+	p, err := a.store.reopen(a.manifest(app, id, config.EngineCRIU, ""), in.Temp)
 	if err == nil && p.temp == p.final { // it has its name, and so its checksums
 		return nil
 	}

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
+	"github.com/nfconnfilter/nfconnfilter/pkg/config"
 )
 
 // intent is what an operation is about to do, on the disk before it does it
@@ -42,6 +43,14 @@ type intent struct {
 	CRIUStart uint64 `json:"criu_start,omitempty"`
 	// Back: what it restores is there, with its sockets.
 	Back bool `json:"back,omitempty"`
+}
+
+// engine is what a snapshot was begun with, whatever is configured now.
+func (in *intent) engine() string {
+	if in.Temp != "" || in.Images != "" {
+		return config.EngineCRIU
+	}
+	return config.EngineRestart
 }
 
 // intents keeps them.

@@ -147,7 +147,7 @@ func (a *agent) resume(op *operation, app *config.App, in *intent) (did string, 
 	case control.StateSnapshotDone:
 		return a.resumeHeld(op, app, in, proc)
 	}
-	return a.resumeRunning(app, in, st, proc)
+	return a.resumeRunning(op, app, in, st, proc)
 }
 
 // resumeSnapshot gives a snapshot up, or, where that is not possible any more,
@@ -162,10 +162,11 @@ func (a *agent) resumeSnapshot(op *operation, app *config.App, in *intent, st *p
 			proc = nil
 		}
 	}
-	if (!in.Sealed || in.Images != "") && proc != nil { // a caller's CRIU may let it run on
+	half := in.Temp != "" && !in.Sealed                         // images that nobody can use, also where their process is gone
+	if (!in.Sealed || in.Images != "") && proc != nil || half { // a caller's CRIU may let it run on
 		refused, err := a.takeBack(op, app)
 		if err == nil {
-			return "its snapshot was given up and the application runs on", nil, proc.thaw()
+			return a.gaveUp(app, in, proc)
 		}
 		if !refused {
 			return "", nil, err
@@ -180,9 +181,20 @@ func (a *agent) resumeSnapshot(op *operation, app *config.App, in *intent, st *p
 		if _, uerr := a.takeBack(op, app); uerr != nil {
 			return "", nil, errors.Join(err, uerr)
 		}
-		return "its snapshot was given up and the application runs on: " + err.Error(), nil, proc.thaw()
+		did, again, uerr := a.gaveUp(app, in, proc)
+		return did + ": " + err.Error(), again, uerr
 	}
 	return "its snapshot was brought to its end, the connections are held as " + id, nil, err
+}
+
+// gaveUp lets the application run on where the filter has taken its snapshot back; images
+// of it are of no use then.
+func (a *agent) gaveUp(app *config.App, in *intent, proc process) (did string, again func() error, err error) {
+	a.store.drop(app.Name, in.Temp)
+	if proc == nil {
+		return "its snapshot was given up; the application does not run", nil, nil
+	}
+	return "its snapshot was given up and the application runs on", nil, proc.thaw()
 }
 
 // takeBack has the filter give a snapshot up; refused tells that it is too late
@@ -205,7 +217,7 @@ func (a *agent) goForward(op *operation, app *config.App, in *intent, proc proce
 	case !errors.Is(err, os.ErrNotExist): // a namespace goes with its last process; nothing is looked at any more
 		return "", err
 	}
-	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, force: in.Force || !in.Sealed, leftOut: map[string]bool{}, id: in.SnapshotID, earlier: in, temp: in.Temp, callers: in.Images}
+	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, engine: in.engine(), force: in.Force || !in.Sealed, leftOut: map[string]bool{}, id: in.SnapshotID, earlier: in, temp: in.Temp, callers: in.Images}
 	if err := r.prepare(); err != nil {
 		return "", err
 	}
@@ -312,7 +324,12 @@ func (a *agent) heldVIPs(u *undo, app *config.App) error {
 
 // resumeRunning lets every process run on, and repeats a start or stop that was
 // under way.
-func (a *agent) resumeRunning(app *config.App, in *intent, st *pb.AppStatus, proc process) (did string, again func() error, err error) {
+func (a *agent) resumeRunning(op *operation, app *config.App, in *intent, st *pb.AppStatus, proc process) (did string, again func() error, err error) {
+	if proc != nil && in.Temp != "" && in.BootID == bootID() { // the filter, too, was started anew in the middle of a dump
+		if err := a.images.settle(op.ctx, in.CRIU, in.CRIUStart, proc); err != nil {
+			return "", nil, err
+		}
+	}
 	if proc != nil {
 		if err := proc.thaw(); err != nil {
 			return "", nil, err

@@ -40,6 +40,7 @@ type snapshotRun struct {
 	proc      process
 	socks     sockets
 	scope     *scope
+	engine    string // as it began, whatever the configuration says meanwhile
 	force     bool
 	drain     time.Duration
 	leftOut   map[string]bool   // connections that the filter could not learn
@@ -109,7 +110,7 @@ func (a *agent) takeSnapshot(op *operation, app *config.App, req *pb.AgentSnapsh
 		return nil, failed(opSnapshot, app.Name, st.State, err)
 	}
 	defer s.Close()
-	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, force: req.Force,
+	r := &snapshotRun{a: a, op: op, app: app, proc: proc, socks: s, engine: engine(app), force: req.Force,
 		drain: app.Checkpoint.DrainTimeout.Std(), leftOut: map[string]bool{}}
 	if req.DrainTimeoutMs > 0 {
 		r.drain = time.Duration(req.DrainTimeoutMs) * time.Millisecond
@@ -121,7 +122,7 @@ func (a *agent) takeSnapshot(op *operation, app *config.App, req *pb.AgentSnapsh
 }
 
 // byImage tells whether the process is dumped.
-func (r *snapshotRun) byImage() bool { return r.callers != "" || engine(r.app) == config.EngineCRIU }
+func (r *snapshotRun) byImage() bool { return r.engine == config.EngineCRIU }
 
 // run goes through the steps. Up to the seal everything can be taken back.
 func (r *snapshotRun) run() (*pb.AgentSnapshotReply, error) {
@@ -441,10 +442,14 @@ func (r *snapshotRun) prepare() error {
 			return err
 		}
 	}
-	if r.id == "" {
+	switch {
+	case r.id == "":
 		r.id = newSnapshotID(time.Now())
+	case !validSnapshotID(r.id): // it is part of a path
+		return fmt.Errorf("the record of the agent before names snapshot %q, which is the name of none; put %s right, or give the application up (ckptctl stop %s --discard)",
+			r.id, r.a.intents.path(r.app.Name), r.app.Name)
 	}
-	m := r.a.manifest(r.app, r.id, r.callers)
+	m := r.a.manifest(r.app, r.id, r.engine, r.callers)
 	var err error
 	if r.temp != "" {
 		r.pending, err = r.a.store.reopen(m, r.temp)
@@ -456,12 +461,9 @@ func (r *snapshotRun) prepare() error {
 
 // manifest describes a snapshot of this node; callers is where the caller's CRIU writes
 // its images, "" where that is not so.
-func (a *agent) manifest(app *config.App, id, callers string) Manifest {
+func (a *agent) manifest(app *config.App, id, engine, callers string) Manifest {
 	node := a.config().Node
-	m := Manifest{App: app.Name, ID: id, Node: node.Name, Time: time.Now().UTC(), Engine: engine(app), Images: callers}
-	if callers != "" {
-		m.Engine = config.EngineCRIU
-	}
+	m := Manifest{App: app.Name, ID: id, Node: node.Name, Time: time.Now().UTC(), Engine: engine, Images: callers}
 	if node.Address.IsValid() {
 		m.NodeAddress = node.Address.String()
 	}
@@ -540,7 +542,11 @@ func (r *snapshotRun) kill() error {
 	if r.proc == nil {
 		return nil
 	}
-	err := r.proc.stop(stopSignal(r.app), r.app.Process.StopTimeout.Std())
+	sig := stopSignal(r.app)
+	if r.byImage() { // what it did now the one in the images would do again
+		sig = unix.SIGKILL
+	}
+	err := r.proc.stop(sig, r.app.Process.StopTimeout.Std())
 	if err == nil {
 		r.a.setProcess(r.app.Name, nil)
 		return nil
