@@ -356,22 +356,7 @@ func TestImagePreCopy(t *testing.T) {
 // keeps them, nothing is started anew, and they get their name as soon as it can be given.
 func TestImageNotStored(t *testing.T) {
 	w, a, _ := imagedWorld(t, 2)
-	way := ""
-	w.setHook("killed", func() { // something in the way of the name, which is given last
-		in, err := a.intents.load("redis")
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		way = filepath.Join(a.store.dir, "redis", in.SnapshotID)
-		if err := os.WriteFile(way, nil, 0o600); err != nil {
-			t.Error(err)
-		}
-	})
-	_, err := a.snapshot(t.Context(), &pb.AgentSnapshotRequest{App: "redis"})
-	if err == nil || !strings.Contains(err.Error(), "is not stored") || !strings.Contains(err.Error(), "its images are whole and stay in "+a.store.dir) {
-		t.Fatalf("%v", err)
-	}
+	way := notStored(t, w, a)
 	if _, err := a.restore(t.Context(), "redis", ""); err == nil || !strings.Contains(err.Error(), "is not stored yet") {
 		t.Errorf("%v", err)
 	}
