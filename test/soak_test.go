@@ -2,6 +2,7 @@ package test
 
 import (
 	"bufio"
+	"context"
 	"flag"
 	"fmt"
 	"io"
@@ -65,7 +66,7 @@ func used(n *harness.Node, d *harness.Daemon) (u use, err error) {
 // metric asks the filter for one of its metrics.
 func metric(n *harness.Node, name string) (int, error) {
 	c := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
-		Dial: func(string, string) (net.Conn, error) { return n.Net.Node().Dial("tcp", metricsAt) }}}
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return n.Net.Node().Dial("tcp", metricsAt) }}}
 	r, err := c.Get("http://" + metricsAt + "/metrics")
 	if err != nil {
 		return 0, err
