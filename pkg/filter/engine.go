@@ -56,7 +56,8 @@ type Engine struct {
 	syns    int                 // kept, of all applications
 	rng     uint64
 	timers  timers
-	asked   map[Time]struct{} // deadlines in timers
+	asked   map[Time][]*conn // deadlines in timers: of these connections, nil: of anything
+	few     []*conn          // whose deadlines have passed
 	pending []*pending
 	reasons [NumReasons]uint64 // of packets that belong to no application
 
@@ -73,7 +74,7 @@ func New(cfg Config) *Engine {
 	cfg.defaults()
 	return &Engine{
 		cfg: cfg, apps: map[string]*app{}, byVIP: map[netip.Addr]*app{}, blocked: map[netip.Addr]bool{}, conns: map[ConnID]*conn{}, alias: map[ConnID]*conn{}, flows: map[flowKey]int{},
-		asked: map[Time]struct{}{}, rng: cfg.Seed,
+		asked: map[Time][]*conn{}, rng: cfg.Seed,
 	}
 }
 
@@ -196,24 +197,6 @@ func (a *app) listens(port uint16) bool {
 	return slices.Contains(a.listen, port)
 }
 
-// NextDeadline is the time at which Step wants to be called with an empty
-// event, 0 when there is none.
-func (e *Engine) NextDeadline() Time {
-	if len(e.timers) == 0 {
-		return 0
-	}
-	return e.timers[0]
-}
-
-// at asks for a deadline. What is due then is found by looking, so that one
-// entry serves everything of one moment.
-func (e *Engine) at(t Time) {
-	if _, ok := e.asked[t]; !ok {
-		e.asked[t] = struct{}{}
-		e.timers.push(t)
-	}
-}
-
 // Step takes one event. It never blocks and, for packets of the steady path,
 // allocates nothing.
 func (e *Engine) Step(now Time, ev Event, fx *Effects) {
@@ -225,58 +208,11 @@ func (e *Engine) Step(now Time, ev Event, fx *Effects) {
 		e.request(now, ev.Request, fx)
 	}
 	if len(e.timers) > 0 && e.timers[0] <= now {
-		for len(e.timers) > 0 && e.timers[0] <= now {
-			delete(e.asked, e.timers[0])
-			e.timers.pop()
-		}
-		e.due(now, fx)
+		e.passed(now, fx)
 	}
 	e.tallySends(fx.Sends[sends:])
 	if len(e.marked) > 0 || len(e.markedApps) > 0 {
 		e.gather(fx)
-	}
-}
-
-// due does everything whose time has come.
-func (e *Engine) due(now Time, fx *Effects) {
-	for _, a := range e.order {
-		e.dueApp(now, a, fx)
-	}
-	e.duePending(now, fx)
-}
-
-func (e *Engine) dueApp(now Time, a *app, fx *Effects) {
-	if a.state == appstate.BlockData {
-		return // nothing is said, and nothing ends
-	}
-	if a.tickAt != 0 && a.tickAt <= now {
-		a.tickAt = 0
-		e.tick(now, a, fx)
-	}
-	if a.wakeAt != 0 && a.wakeAt <= now {
-		e.requestRestore(now, a, fx)
-	}
-	for i := len(a.conns) - 1; i >= 0; i-- {
-		c := a.conns[i]
-		if c.redoAt != 0 && c.redoAt <= now {
-			e.redeliver(now, c, fx)
-		}
-		if c.ownAt != 0 && c.ownAt <= now {
-			e.sayAgain(now, c, fx)
-		}
-		if c.beatAt != 0 && c.beatAt <= now {
-			e.beatDue(now, c, fx)
-		}
-		if c.easeAt != 0 && c.easeAt <= now {
-			e.ease(now, c, fx)
-		}
-		if c.closeAt != 0 && c.closeAt <= now {
-			e.repeatClose(now, c, fx)
-		}
-		over := a.state == appstate.SnapshotDone && c.learned && c.finIn && c.finOut && !c.owesClose() // no local side waits any more
-		if c.expire != 0 && c.expire <= now && (over || !a.state.Away()) {
-			e.remove(c, fx)
-		}
 	}
 }
 
@@ -529,41 +465,3 @@ func (e *Engine) keep(c *conn, s *packet.Segment) bool {
 // askBack is how far below RCV.NXT the octet of an ask lies: far outside any
 // window, and not yet ambiguous.
 const askBack = 1 << 30
-
-// timers is a heap of deadlines (ns).
-type timers []Time
-
-func (t *timers) push(v Time) {
-	h := append(*t, v)
-	for i := len(h) - 1; i > 0; {
-		p := (i - 1) / 2
-		if h[p] <= h[i] {
-			break
-		}
-		h[p], h[i] = h[i], h[p]
-		i = p
-	}
-	*t = h
-}
-
-func (t *timers) pop() {
-	h := *t
-	n := len(h) - 1
-	h[0] = h[n]
-	h = h[:n]
-	for i := 0; ; {
-		l := 2*i + 1
-		if l >= n {
-			break
-		}
-		if r := l + 1; r < n && h[r] < h[l] {
-			l = r
-		}
-		if h[i] <= h[l] {
-			break
-		}
-		h[i], h[l] = h[l], h[i]
-		i = l
-	}
-	*t = h
-}

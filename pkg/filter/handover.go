@@ -205,11 +205,11 @@ func (e *Engine) unyield(now Time, b *Unyield, a *app, fx *Effects) (any, error)
 func (e *Engine) rearm(now Time, c *conn) {
 	if len(c.own) > 0 {
 		c.ownAt = now + ownFirst
-		e.at(c.ownAt)
+		e.atConn(c.ownAt, c)
 	}
 	if c.owesClose() {
 		c.closeAt = now + ownFirst
-		e.at(c.closeAt)
+		e.atConn(c.closeAt, c)
 	}
 	if c.expire != 0 {
 		c.expire = max(c.expire, now+1)

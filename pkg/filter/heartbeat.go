@@ -127,7 +127,7 @@ func (e *Engine) say(now Time, c *conn, p []byte, fx *Effects) {
 	if len(c.own) == 0 {
 		c.ownTries = 0
 		c.ownAt = now + ownFirst
-		e.at(c.ownAt)
+		e.atConn(c.ownAt, c)
 	}
 	sp := c.ep.Ack()
 	sp.Flags |= packet.PSH
@@ -159,7 +159,7 @@ func (e *Engine) sayAgain(now Time, c *conn, fx *Effects) {
 		// is older than what local has said since.
 		c.ownTries = min(c.ownTries+1, 16)
 		c.ownAt = now + min(ownFirst<<c.ownTries, ownLast)
-		e.at(c.ownAt)
+		e.atConn(c.ownAt, c)
 		e.askBlind(c, fx)
 		return
 	}
@@ -174,7 +174,7 @@ func (e *Engine) sayAgain(now Time, c *conn, fx *Effects) {
 	}
 	c.ownTries = min(c.ownTries+1, 16)
 	c.ownAt = now + min(ownFirst<<c.ownTries, ownLast)
-	e.at(c.ownAt)
+	e.atConn(c.ownAt, c)
 }
 
 // ownAcked takes the acknowledgement of s, which passed all checks, for what we
@@ -211,7 +211,7 @@ func (e *Engine) beat(now Time, c *conn) {
 		}
 	}
 	if c.beatAt != 0 {
-		e.at(c.beatAt)
+		e.atConn(c.beatAt, c)
 	}
 }
 

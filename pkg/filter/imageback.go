@@ -136,7 +136,7 @@ func (e *Engine) handImage(now Time, c *conn, hands bool, fx *Effects) {
 			e.handKept(c, fx)
 		}
 		c.retries, c.redoAt = 0, now+30e6
-		e.at(c.redoAt)
+		e.atConn(c.redoAt, c)
 	}
 	if c.shut && !c.spooled {
 		sp := c.ep.Ack()
@@ -228,7 +228,7 @@ func (e *Engine) unburden(now Time, c *conn) {
 	const quiet = 200e6
 	if c.easeAt == 0 && c.brief && c.translated && !c.spooled && c.redoAt == 0 && len(c.own) == 0 {
 		c.easeAt, c.easeBy = now+quiet, now+25*quiet
-		e.at(c.easeAt)
+		e.atConn(c.easeAt, c)
 	}
 }
 
@@ -242,7 +242,7 @@ func (e *Engine) ease(now Time, c *conn, fx *Effects) {
 	}
 	if now-max(c.lastIn, c.lastOut, c.spokeAt) < quiet && now < c.easeBy {
 		c.easeAt = now + quiet
-		e.at(c.easeAt)
+		e.atConn(c.easeAt, c)
 		return
 	}
 	c.brief, c.learned, c.rcvKnown = false, false, false

@@ -45,7 +45,7 @@ func (e *Engine) repeatClose(now Time, c *conn, fx *Effects) {
 	} else {
 		c.closeTries++
 	}
-	e.at(c.closeAt)
+	e.atConn(c.closeAt, c)
 }
 
 // linger goes on with the last word when the application is back: the

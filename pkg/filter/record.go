@@ -398,7 +398,7 @@ func (r *ConnRecord) forget(fx *Effects) {
 func (e *Engine) loadSpool(now Time, c *conn, r *ConnRecord) {
 	if c.own, c.ownEnd = r.Own, r.OwnEnd; len(c.own) > 0 {
 		c.ownAt = now + ownFirst
-		e.at(c.ownAt)
+		e.atConn(c.ownAt, c)
 	}
 	c.chunks = len(r.Chunks) > 0
 	if !r.Spooled {
@@ -464,7 +464,7 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 			if c.spooled { // local still takes it
 				c.handshakeEnd()
 				c.redoAt = now + 30e6
-				e.at(c.redoAt)
+				e.atConn(c.redoAt, c)
 			}
 			// What passed since is not in the record: local is asked again.
 			c.learned, c.confirmed, c.rcvKnown = false, false, c.learned || !c.saidAll

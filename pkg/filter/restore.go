@@ -213,7 +213,7 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 		c.shut = c.ep.Closed
 		e.deliver(now, c, c.keptAt, c.keptAt.Add(uint32(c.hsWindow)), fx)
 		c.retries, c.redoAt = 0, now+30e6
-		e.at(c.redoAt)
+		e.atConn(c.redoAt, c)
 	case c.finIn || len(c.kept) > 0 || c.keptFin:
 		if c.kept == nil {
 			c.keptAt = c.ep.RcvNxt
@@ -221,7 +221,7 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 		e.handKept(c, fx)
 		c.retries = 0
 		c.redoAt = now + 30e6
-		e.at(c.redoAt)
+		e.atConn(c.redoAt, c)
 	}
 	if c.shut {
 		c.ep.Closed, c.reloaded = false, false
@@ -250,7 +250,7 @@ func (e *Engine) openAgain(now Time, c *conn, fx *Effects) {
 		c.handshakeEnd()
 		e.handKept(c, fx)
 		c.retries, c.redoAt = 0, now+30e6
-		e.at(c.redoAt)
+		e.atConn(c.redoAt, c)
 	case c.shut:
 		e.askBlind(c, fx)
 	}
@@ -373,7 +373,7 @@ func (e *Engine) redeliver(now Time, c *conn, fx *Effects) {
 	c.acknowledgesNow()
 	e.handKept(c, fx)
 	c.redoAt = now + 30e6<<c.retries
-	e.at(c.redoAt)
+	e.atConn(c.redoAt, c)
 }
 
 // notRestored lists connections that RESTORED would lose.

@@ -287,7 +287,7 @@ func (e *Engine) handBack(now Time, c *conn, fx *Effects) {
 	}
 	c.retries, c.finOwed = 0, false
 	c.redoAt = now + 30e6
-	e.at(c.redoAt)
+	e.atConn(c.redoAt, c)
 }
 
 // trimKept drops what of the kept octets local has taken by other ways, and what

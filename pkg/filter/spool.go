@@ -201,7 +201,7 @@ func (e *Engine) spoolTaken(now Time, c *conn, ack, edge seqnum.Value, fx *Effec
 	}
 	if news > 0 || c.redoAt == 0 { // else local, which may speak all the time, still lacks what it was handed
 		c.redoAt = now + 200e6
-		e.at(c.redoAt)
+		e.atConn(c.redoAt, c)
 	}
 }
 
@@ -223,7 +223,7 @@ func (e *Engine) spoolAgain(now Time, c *conn, fx *Effects) {
 	e.deliver(now, c, c.keptAt, c.keptAt.Add(uint32(c.largest())), fx)
 	c.retries = min(c.retries+1, 8)
 	c.redoAt = now + 30e6<<c.retries
-	e.at(c.redoAt)
+	e.atConn(c.redoAt, c)
 }
 
 // recordSpool has the whole spool recorded, in pieces that a journal likes.
