@@ -19,7 +19,8 @@ import (
 //
 //	app NAME VIP[,VIP] PORT... [!PREFIX]     registers an application; !: not for these remotes
 //	link NAME ADDR:PORT [plain|md5|ao|mptcp|ecn|tfo] [lscale N] [mss N] [to PORT]
-//	                                         a remote; plain: no options at all; tfo: local takes
+//	     [without ts|sack|scale] [clock N]   a remote; plain: no options at all; clock: its first
+//	                                         TSval; tfo: local takes
 //	                                         octets of its SYN; it speaks to port 6379 of 10.0.0.100,
 //	                                         or of fd00::100 by its family
 //	open NAME                                its handshake with the running local stack
@@ -235,27 +236,15 @@ func (w *World) linkLine(f []string) error {
 			l.tfo = true
 		case "md5", "ao", "mptcp":
 			l.option, l.ts = synOptions[f[i]], f[i] == "mptcp"
-		case "to":
-			i++
-			v, err := strconv.ParseUint(f[i], 10, 16)
+		default:
+			ok, err := l.linkWord(f[i:])
 			if err != nil {
 				return err
 			}
-			l.laddr = netip.AddrPortFrom(l.laddr.Addr(), uint16(v))
-		case "lscale":
-			i++
-			v, err := strconv.Atoi(f[i])
-			if err != nil {
-				return err
+			if !ok {
+				return fmt.Errorf("unknown word %q", f[i])
 			}
-			l.lscale = uint8(v)
-		case "mss":
 			i++
-			v, err := strconv.ParseUint(f[i], 10, 16)
-			if err != nil {
-				return err
-			}
-			l.mss = uint16(v)
 		}
 	}
 	l.remote.nxt, l.local.nxt = l.remote.iss, l.local.iss
