@@ -79,8 +79,12 @@ type peer struct {
 	pinged        bool // and not answered
 	ackLost       bool // the filter says it again
 	noopAt        int64
-	octetsAt      int64 // when it heard octets last
-	lostOne       bool  // what it sent last was lost on the way
+	octetsAt      int64        // when it heard octets last
+	againAt       int64        // when it sends its heartbeat again
+	top           seqnum.Value // behind all octets of the filter, heard or not
+	dueBy         int64        // when they must have come, 0: they have
+	lostOne       bool         // what was sent last, to it or by it, was lost on the way
+	mayMiss       bool
 
 	delivered, answered uint64 // segments to the filter, from it
 	beats               int
@@ -93,7 +97,7 @@ func (p *peer) tsval() uint32 { return p.clock0 + uint32((p.h.now-p.h.began)/1e6
 // next is when it does something, 0: never.
 func (p *peer) next() int64 {
 	var t int64
-	for _, x := range [...]int64{p.keepAt, p.persistAt, p.pingAt, p.ackAt, p.early} {
+	for _, x := range [...]int64{p.keepAt, p.persistAt, p.pingAt, p.ackAt, p.early, p.againAt, p.dueBy} {
 		if x != 0 && (t == 0 || x < t) {
 			t = x
 		}
@@ -111,6 +115,13 @@ func (p *peer) act() {
 	if p.ackAt != 0 && p.ackAt <= now {
 		p.ackAt = 0
 		p.ackLost = !p.send(packet.ACK, p.Next, nil, 0, p.h.r.IntN(20) == 0)
+	}
+	if p.dueBy != 0 && p.dueBy <= now {
+		p.h.fail(p, "gives up: %d octets that the filter has said do not come", p.top.Size(p.Expects))
+	}
+	if p.againAt != 0 && p.againAt <= now { // it is acknowledged, not taken for another one
+		p.againAt = 0
+		p.send(packet.ACK|packet.PSH, p.una.Add(^uint32(len(pingWord)-1)), []byte(pingWord), 1, false)
 	}
 	if p.persistAt != 0 && p.persistAt <= now {
 		p.asksForWindow()
@@ -132,6 +143,7 @@ func (p *peer) send(flags uint8, seq seqnum.Value, data []byte, answers int, los
 		h.lost++
 		return false
 	}
+	p.mayMiss = !p.lostOne
 	p.lostOne, p.ackLost = false, false
 	sp := packet.Spec{Src: p.Addr, Dst: p.Local, Seq: seq, Ack: p.Expects, Flags: flags, Window: p.Window, Payload: data}
 	if p.TS {
@@ -178,6 +190,7 @@ func (p *peer) speak() {
 	p.shut = room == p.h.spool
 	p.LocalWindow = uint16((p.h.spool - room) >> p.LocalScale)
 	p.ack = p.una.Add(uint32(room))
+	p.lostOne = true // the acknowledgement is not
 	p.send(packet.ACK|packet.PSH, p.una, p.pending, 1, false)
 	p.pending, p.una = p.pending[room:], p.ack
 	if p.Next = p.una.Add(uint32(len(p.pending))); len(p.pending) > 0 {
@@ -250,12 +263,36 @@ func (p *peer) takes(s *packet.Segment) {
 		h.fail(p, "acknowledgement %d behind what is to be acknowledged", s.Ack.Sub(p.ack))
 	}
 	p.window(s)
+	p.says(s)
+	if p.mayMiss && h.r.IntN(50) == 0 {
+		p.misses()
+		return
+	}
 	if p.TS && s.Seq.LessEq(p.Expects) {
 		p.Seen = s.Opt.TSVal
 	}
 	p.Told = s.Ack
 	p.heardAt, p.probesOut = h.now, 0
-	p.hears(s)
+	switch {
+	case s.PayloadLen() == 0:
+	case p.Expects.Less(s.Seq): // behind a hole, it asks for what is missing
+		p.ackAt = h.now + 1
+	default:
+		p.Expects, p.octetsAt, p.dueBy = p.Expects.Max(s.End()), h.now, 0
+		p.ackAt = h.now + 40e6 // a delayed acknowledgement
+	}
+}
+
+// misses has a segment of the filter lost on its way.
+func (p *peer) misses() {
+	p.lostOne, p.mayMiss = true, false
+	p.h.missed++
+	if p.pinged {
+		p.againAt = p.h.now + 300e6
+	}
+	if p.Expects != p.top && p.dueBy == 0 {
+		p.dueBy = p.h.now + 8e9 // the filter repeats them after 1 s, 2 s and 4 s
+	}
 }
 
 // window checks the one that s announces: the one that local had, what the spool has
@@ -270,34 +307,30 @@ func (p *peer) window(s *packet.Segment) {
 	}
 }
 
-// hears takes the octets of s, if there are any.
-func (p *peer) hears(s *packet.Segment) {
-	h, now := p.h, p.h.now
-	if s.PayloadLen() == 0 {
-		if s.Seq != p.Expects || p.pinged && p.prof.reply {
-			h.fail(p, "it stands at %d, the filter at %d, an answer in octets is owed: %v", p.Expects, s.Seq, p.pinged)
+// says checks where s stands, and the octets in it.
+func (p *peer) says(s *packet.Segment) {
+	h := p.h
+	switch word := string(s.Payload()); {
+	case word == "":
+		if s.Seq != p.top || p.pinged && p.prof.reply && p.againAt == 0 && p.Expects == p.top {
+			h.fail(p, "no octets, at %d; it stands at %d, and an answer to its heartbeat is owed: %v", s.Seq, p.top, p.pinged)
 		}
 		return
-	}
-	if s.End().LessEq(p.Expects) { // again
-		if !p.ackLost {
+	case s.End().LessEq(p.top): // again
+		if p.top == p.Expects && !p.ackLost {
 			h.fail(p, "octets that it has acknowledged")
 		}
-		p.ackAt = now + 1
 		return
-	}
-	switch word := string(s.Payload()); {
-	case s.Seq != p.Expects:
-		h.fail(p, "octets %d ahead of what it expects", s.Seq.Sub(p.Expects))
+	case s.Seq != p.top:
+		h.fail(p, "octets %d behind what it was told", s.Seq.Sub(p.top))
 	case word == pongWord && p.pinged && p.prof.reply:
 	case word == noopWord && p.prof.noop:
 		p.noops()
 	default:
 		h.fail(p, "octets %q", word)
 	}
-	p.Expects, p.octetsAt = s.End(), now
+	p.top = s.End()
 	p.beats++
-	p.ackAt = now + 40e6 // a delayed acknowledgement
 }
 
 // noops checks that the filter's heartbeats come at their time. They are left out
