@@ -61,7 +61,10 @@ test: deps-test build vet
 # KILLS times in each of four settings; and for SOAK what they have of the machine does not grow.
 KILLS ?= 130
 SOAK  ?= 30m
+# and for how many simulated hours 10,000 connections are held.
+HOURS ?= 24
 test-crash: deps-test bin/bytecount bin/demo bin/pool bin/interp
+	go test -count=1 -v ./pkg/filter/filtertest/sim -run '^TestHours' -hours $(HOURS)
 	NFCF_BIN=$(CURDIR)/bin go test -count=1 -v -timeout 150m $(EXEC) ./test -run '^(TestKills|TestSoak)$$' -kills $(KILLS) -soak $(SOAK)
 
 # The engine between two real TCP stacks. A seed that fails is named with the
