@@ -90,10 +90,7 @@ func holdFor(t *testing.T, profiles []profile, conns, spool int, long float64) {
 	h.connect(conns, d)
 	h.snapshot()
 	h.takeOver(d)
-	first := h.began + max(int64(time.Hour), int64(d)/4)
-	if d < 4*time.Hour {
-		first = h.began + int64(d)/4
-	}
+	first := h.began + int64(earlyIn(d))
 	h.run(first)
 	early, kept := heapInUse(), h.kept()
 	h.run(h.until)
@@ -110,6 +107,9 @@ func holdFor(t *testing.T, profiles []profile, conns, spool int, long float64) {
 	h.restore()
 	runtime.KeepAlive(h)
 }
+
+// earlyIn is when all of a hold of d is under way that will be.
+func earlyIn(d time.Duration) time.Duration { return min(time.Hour, d/4) }
 
 // heapInUse is what is reachable.
 func heapInUse() uint64 {
@@ -223,7 +223,7 @@ func (h *hours) takeOver(d time.Duration) {
 			p.pingAt = h.now + h.r.Int64N(int64(pingEvery))
 		}
 		if p.prof.say > 0 {
-			p.early = h.now + h.r.Int64N(int64(d)/8)
+			p.early = h.now + h.r.Int64N(int64(earlyIn(d))/2)
 		}
 		h.byAddr[p.Addr] = p
 		h.queue.add(p)
