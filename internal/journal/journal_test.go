@@ -87,7 +87,7 @@ func TestVersion(t *testing.T) {
 	}
 	must(t, j.Close())
 	_, err := Open(path)
-	if err == nil || !strings.Contains(err.Error(), "has format 2, this filter reads 1") || errors.Is(err, ErrDamaged) {
+	if err == nil || !strings.Contains(err.Error(), "has format 3, this filter reads 2") || errors.Is(err, ErrDamaged) {
 		t.Errorf("another version: %v", err)
 	}
 }

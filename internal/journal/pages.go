@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -25,9 +26,9 @@ const (
 	bucketValue = 16 // root 8, sequence 8
 	metaLen     = 64 // magic, version, page size, flags; root, sequence, freelist, high water, transaction, checksum
 
-	branchPage, leafPage, freelistPage = 1, 2, 16
-	metaMagic, metaVersion             = 0xed0cdaed, 2
-	noFreelist                         = ^uint64(0)
+	branchPage, leafPage, metaPage, freelistPage = 1, 2, 4, 16
+	metaMagic, metaVersion                       = 0xed0cdaed, 2
+	noFreelist                                   = ^uint64(0)
 )
 
 var ne = binary.NativeEndian
@@ -43,7 +44,7 @@ func lookAt(path string) error {
 		return err
 	}
 	defer f.Close() // and the lock is gone
-	if err := lock(f, time.Second); err != nil {
+	if err := lock(f, unix.LOCK_SH, time.Second); err != nil {
 		return err
 	}
 	st, err := f.Stat()
@@ -62,9 +63,9 @@ func lookAt(path string) error {
 }
 
 // lock waits for the lock that a writer has, as bbolt takes it.
-func lock(f *os.File, wait time.Duration) error {
+func lock(f *os.File, how int, wait time.Duration) error {
 	for end := time.Now().Add(wait); ; time.Sleep(20 * time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return err
 		}
@@ -92,6 +93,42 @@ func metaAt(b []byte, off int) (m meta, ok bool) {
 		return m, false
 	}
 	return meta{int(ne.Uint32(b[8:])), ne.Uint64(b[16:]), ne.Uint64(b[32:]), ne.Uint64(b[40:]), ne.Uint64(b[48:])}, true
+}
+
+// mendHeader gives a meta page that is none the header that it always has. A disk that
+// loses its power within a sector may leave anything there: the other meta page counts
+// then, but bbolt's check wants to find both headers. undo takes it back.
+func mendHeader(path string, pageSize int) (undo func() error, err error) {
+	undo = func() error { return nil }
+	b := make([]byte, pageSize+pageHeader+metaLen)
+	f, err := os.Open(path)
+	if err != nil {
+		return undo, err
+	}
+	_, err = f.ReadAt(b, 0)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return undo, err
+	}
+	for id, off := range []int{0, pageSize} {
+		want := ne.AppendUint16(ne.AppendUint64(nil, uint64(id)), metaPage)
+		was := b[off:][:len(want)]
+		if _, ok := metaAt(b, off); ok || bytes.Equal(was, want) {
+			continue
+		}
+		undo = func() error { return put(path, was, off) }
+		return undo, put(path, want, off)
+	}
+	return undo, nil
+}
+
+// put writes b into the file at path.
+func put(path string, b []byte, off int) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(b, int64(off))
+	return errors.Join(err, f.Close())
 }
 
 // newest finds the meta page that counts, as bbolt does.
