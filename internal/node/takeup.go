@@ -9,8 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/fxamacker/cbor/v2"
-
 	"github.com/nfconnfilter/nfconnfilter/internal/journal"
 	"github.com/nfconnfilter/nfconnfilter/internal/rules"
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
@@ -28,7 +26,7 @@ var bootKey = []byte("boot")
 // app reads the record of an application; the key is its name.
 func (l *legacy) app(k, v []byte) error {
 	var r filter.AppRecord
-	if err := cbor.Unmarshal(v, &r); err != nil {
+	if err := decode(v, &r); err != nil {
 		return err
 	}
 	if string(k) != r.Name {
@@ -41,7 +39,7 @@ func (l *legacy) app(k, v []byte) error {
 // conn reads the record of a connection.
 func (l *legacy) conn(k, v []byte) error {
 	var r filter.ConnRecord
-	err := cbor.Unmarshal(v, &r)
+	err := decode(v, &r)
 	if err == nil {
 		r.ID, err = connOf(k)
 	}
