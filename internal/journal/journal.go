@@ -157,6 +157,9 @@ func (j *Journal) begin(path string) error {
 			return damaged(path, errors.New("a table is missing"))
 		}
 		n := binary.BigEndian.Uint32(v)
+		if n == Version && tx.Bucket([]byte(Spool)) == nil { // younger than the first format
+			return damaged(path, errors.New("a table is missing"))
+		}
 		if n < oldest || n > Version {
 			return fmt.Errorf("journal %s has format %d, this filter reads %d; use the filter that wrote it, or move it away to go on without what was held", path, n, Version)
 		}
@@ -170,7 +173,10 @@ func (j *Journal) begin(path string) error {
 			return first
 		}
 		if n < Version {
-			return upgrade(tx)
+			if err := upgrade(tx); err != nil {
+				return damaged(path, err)
+			}
+			return nil
 		}
 		var is, said sum
 		if err := is.all(tx); err != nil {

@@ -117,6 +117,9 @@ func TestDamage(t *testing.T) {
 		"cut in half":   func(b []byte) []byte { return b[:len(b)/2] },
 		"one page":      func(b []byte) []byte { return b[:os.Getpagesize()] },
 		"both metas":    func(b []byte) []byte { clear(b[16:80]); p := os.Getpagesize(); clear(b[p+16 : p+80]); return b },
+		"no spool":      func(b []byte) []byte { return bytes.ReplaceAll(b, []byte("spool"), []byte("spoon")) },
+		"no meta":       func(b []byte) []byte { return bytes.ReplaceAll(b, []byte("meta"), []byte("mete")) },
+		"another value": func(b []byte) []byte { return bytes.ReplaceAll(b, []byte("\xcd\xcd\xcd"), []byte("\xcd\xcd\xce")) },
 		"pages cleared": func(b []byte) []byte { clear(b[3*os.Getpagesize():]); return b },
 	} {
 		t.Run(name, func(t *testing.T) {
