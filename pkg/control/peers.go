@@ -111,7 +111,7 @@ func (p *Peers) Serve(ctx context.Context, l net.Listener, h http.Handler, proce
 	for _, m := range procedures {
 		allowed[m] = true
 	}
-	g := &gate{next: h, errors: connect.NewErrorWriter(), limit: MaxPeerMessage, body: peerBody, reply: peerBody}
+	g := &gate{next: h, errors: connect.NewErrorWriter(), limit: MaxPeerMessage, body: peerBody, reply: peerBody, parting: shutdownTimeout}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	srv := &http.Server{

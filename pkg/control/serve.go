@@ -37,6 +37,7 @@ const (
 	headerTimeout   = 10 * time.Second // from accept to the end of the header
 	idleTimeout     = 2 * time.Minute
 	flushTimeout    = 200 * time.Millisecond
+	partingTimeout  = time.Second      // for a client to take its reply from a daemon that ends
 	shutdownTimeout = 15 * time.Second // for handlers to return after their contexts ended
 	spareConns      = 32               // beyond MaxConns, told so and closed
 )
@@ -83,7 +84,8 @@ func handlerOptions() []connect.HandlerOption {
 
 // Serve answers requests on l, which is a Unix socket, until ctx ends: the
 // contexts of running handlers end with it, and Serve returns nil when they
-// have returned or after 15 seconds. It speaks HTTP/1.1 and HTTP/2 without
+// have returned or after 15 seconds. Clients who are in the middle of a request
+// or do not take their reply are not waited for. It speaks HTTP/1.1 and HTTP/2 without
 // TLS. The credentials of each caller are read once, at accept; allowed (nil:
 // AllowGroup("")) decides, and a caller that it refuses gets permission_denied
 // with its error as the message, while nothing of the request is read. Serve
@@ -95,7 +97,7 @@ func Serve(ctx context.Context, l net.Listener, handler http.Handler, allowed fu
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	g := &gate{next: handler, errors: connect.NewErrorWriter(), limit: MaxRequest, body: bodyTimeout, reply: replyTimeout}
+	g := &gate{next: handler, errors: connect.NewErrorWriter(), limit: MaxRequest, body: bodyTimeout, reply: replyTimeout, parting: partingTimeout}
 	srv := &http.Server{
 		Handler:           g,
 		ReadHeaderTimeout: headerTimeout,
@@ -250,6 +252,8 @@ type gate struct {
 	limit  int64         // of a request in bytes
 	body   time.Duration // for it to arrive
 	reply  time.Duration // for the client to take its reply
+	// parting is the same for one who would keep us from ending.
+	parting time.Duration
 }
 
 func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -264,16 +268,48 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	_ = rc.SetWriteDeadline(time.Time{})
 	_ = rc.SetReadDeadline(time.Now().Add(g.body))
+	whole := atEnd(r.Context(), func() { _ = rc.SetReadDeadline(time.Unix(1, 0)) })
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, g.limit))
+	whole()
 	if err != nil {
 		w.Header().Set("Connection", "close")
-		_ = rc.SetWriteDeadline(time.Now().Add(g.reply))
+		_ = rc.SetWriteDeadline(time.Now().Add(g.patience(r)))
 		_ = g.errors.Write(w, r, bodyError(err))
 		return
 	}
 	_ = rc.SetReadDeadline(time.Time{})
 	r.Body = io.NopCloser(bytes.NewReader(body))
-	g.next.ServeHTTP(&replyWriter{ResponseWriter: w, rc: rc, most: g.reply}, r)
+	taken := atEnd(r.Context(), func() { _ = rc.SetWriteDeadline(time.Now().Add(g.patience(r))) })
+	defer taken()
+	g.next.ServeHTTP(&replyWriter{ResponseWriter: w, rc: rc, most: func() time.Duration { return g.patience(r) }}, r)
+}
+
+// atEnd calls f when ctx ends. Behind stop f is not called and has returned: a
+// handler's writer is no more when the handler has returned.
+func atEnd(ctx context.Context, f func()) (stop func()) {
+	var mu sync.Mutex
+	over := false
+	quiet := context.AfterFunc(ctx, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if !over {
+			f()
+		}
+	})
+	return func() {
+		quiet()
+		mu.Lock()
+		over = true
+		mu.Unlock()
+	}
+}
+
+// patience is how long a client may take to take its reply.
+func (g *gate) patience(r *http.Request) time.Duration {
+	if r.Context().Err() != nil {
+		return min(g.reply, g.parting)
+	}
+	return g.reply
 }
 
 func bodyError(err error) error {
@@ -289,14 +325,14 @@ func bodyError(err error) error {
 type replyWriter struct {
 	http.ResponseWriter
 	rc      *http.ResponseController
-	most    time.Duration
+	most    func() time.Duration
 	started bool
 }
 
 func (w *replyWriter) start() {
 	if !w.started {
 		w.started = true
-		_ = w.rc.SetWriteDeadline(time.Now().Add(w.most))
+		_ = w.rc.SetWriteDeadline(time.Now().Add(w.most()))
 	}
 }
 
