@@ -70,6 +70,9 @@ func run(f *files) error {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	// Those who ask something are done with first: packets are filtered until then.
+	filtering, idle := context.WithCancel(context.WithoutCancel(ctx))
+	defer idle()
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
@@ -86,10 +89,17 @@ func run(f *files) error {
 		defer close(peers)
 		n.ServePeers(ctx)
 	}()
-	log.Info("filtering", "node", cfg.Node.Name, "queue", cfg.Node.Queue.First, "socket", cfg.Node.ControlSocket)
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
-	err = n.Run(ctx)
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+	go func() {
+		<-ctx.Done()
+		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+		<-served
+		<-peers
+		idle()
+	}()
+	gap := n.Ready().String()
+	log.Info("filtering", "node", cfg.Node.Name, "queue", cfg.Node.Queue.First, "socket", cfg.Node.ControlSocket, "gap", gap)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady+"\nSTATUS="+gap)
+	err = n.Run(filtering)
 	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
 		err = cause
 	}

@@ -25,11 +25,12 @@ var (
 	descReceived = prometheus.NewDesc("nfconnfilter_queue_packets_total", "Packets received from the queue.", nil, nil)
 	descOverruns = prometheus.NewDesc("nfconnfilter_queue_overruns_total", "Times that the queue's socket buffer overran.", nil, nil)
 	descRepaired = prometheus.NewDesc("nfconnfilter_rules_repaired_total", "Times that packet rules or sets changed by other programs were repaired.", []string{"what"}, nil)
+	descGap      = prometheus.NewDesc("nfconnfilter_unfiltered_seconds", "For how long the queue was without a filter before this one; absent when that is not known.", nil, nil)
 	descSent     = prometheus.NewDesc("nfconnfilter_injected_packets_total", "Packets sent by the filter itself.", []string{"result"}, nil)
 )
 
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descVerdicts, descConns, descState, descKept, descUsed, descLimit, descReceived, descOverruns, descRepaired, descSent} {
+	for _, d := range []*prometheus.Desc{descVerdicts, descConns, descState, descKept, descUsed, descLimit, descReceived, descOverruns, descRepaired, descGap, descSent} {
 		ch <- d
 	}
 }
@@ -48,6 +49,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	counter(descOverruns, float64(q.Overruns))
 	counter(descRepaired, float64(c.n.repairedRules.Load()), "rules")
 	counter(descRepaired, float64(c.n.repairedSets.Load()), "sets")
+	if g := c.n.gap.Load(); g != nil && g.Known {
+		gauge(descGap, g.Time.Seconds())
+	}
 	counter(descSent, float64(i.Sent), "sent")
 	counter(descSent, float64(i.Failed), "failed")
 	x, err := c.n.do(ctx, &filter.Status{})

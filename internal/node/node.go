@@ -63,13 +63,18 @@ type Node struct {
 
 	repairedRules, repairedSets atomic.Uint64 // what other programs had changed
 
-	active   map[netip.Addr]bool // VIPs in the set of that name; their number is in engaged
-	calls    map[uint64]*call    // of the loop's goroutine
-	nextID   uint64
-	flows    []rules.TCPFlow
-	changes  []rules.Change // not made yet
-	failedAt filter.Time    // when making them failed last
-	wg       sync.WaitGroup
+	signs *signs
+	gap   atomic.Pointer[Gap] // before this filter
+
+	active     map[netip.Addr]bool // VIPs in the set of that name; their number is in engaged
+	calls      map[uint64]*call    // of the loop's goroutine
+	nextID     uint64
+	flows      []rules.TCPFlow
+	changes    []rules.Change // not made yet
+	failedAt   filter.Time    // when making them failed last
+	wg         sync.WaitGroup
+	background context.Context // ends with Run
+	leave      context.CancelFunc
 
 	foreign foreign
 }
@@ -101,6 +106,7 @@ func Open(cfg *config.Config, log *slog.Logger, ends *failpoint.Points) (*Node, 
 	}
 	n := &Node{log: log, ends: ends, states: map[string]string{}, changed: make(chan struct{}),
 		active: map[netip.Addr]bool{}, calls: map[uint64]*call{}}
+	n.background, n.leave = context.WithCancel(context.Background())
 	n.cfg.Store(cfg)
 	n.instance = strconv.FormatUint(binary.LittleEndian.Uint64(seed[:]), 36)
 	l := cfg.Node.Limits
@@ -118,6 +124,9 @@ func Open(cfg *config.Config, log *slog.Logger, ends *failpoint.Points) (*Node, 
 	if err != nil {
 		n.Close()
 		return nil, err
+	}
+	if n.signs, err = openSigns(cfg.Node.StateDir, left.boot); err != nil {
+		log.Warn("the next filter will not know how long nobody filtered", "error", err)
 	}
 	mark := q.Mark
 	if n.inj, err = inject.Open(inject.Config{Mark: mark | rules.MarkNoTrack, TrackedMark: mark | rules.MarkTracked}); err != nil {
@@ -159,6 +168,7 @@ func registerApp(cfg *config.Config, a *config.App) *filter.Register {
 // Close lets go of the edges. Rules and sets stay: an application that runs is
 // passed by, one that is away stays silent.
 func (n *Node) Close() {
+	n.leave()
 	if n.rules != nil {
 		_ = n.rules.Close()
 	}
@@ -173,6 +183,9 @@ func (n *Node) Close() {
 			n.log.Error("the last records are lost", "error", err)
 		}
 		_ = n.journal.Close()
+	}
+	if n.signs != nil {
+		n.signs.close()
 	}
 }
 
@@ -192,18 +205,21 @@ func now() filter.Time {
 	return ts.Nano()
 }
 
-// Run filters until ctx ends.
+// Run filters until ctx ends. What else asks of n should have ended by then:
+// nobody filters from there on.
 func (n *Node) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, n.queue.Wake)
 	defer stop()
 	defer n.wg.Wait()
 	defer n.stop()
-	watch, cancel := context.WithCancel(ctx)
-	defer cancel()
+	watch := n.background
+	defer n.leave()
 	n.wg.Go(func() { n.watchRules(watch) })
 	n.wg.Go(func() { n.watchSets(watch) })
 	n.wg.Go(func() { service{n, n.do}.resumeYields(watch) })
+	n.wg.Go(func() { n.signLife(watch) })
 	defer n.foreign.close()
+	defer func() { n.signs.sign(now(), true) }()
 	pkts := make([]nfq.Packet, 64)
 	var fp filter.Packet
 	for ctx.Err() == nil {
@@ -404,7 +420,7 @@ func (n *Node) tell(failed error) {
 	}
 	for _, r := range fx.Restores {
 		n.reach(failpoint.Call)
-		n.wg.Go(func() { n.requestRestore(r) })
+		n.wg.Go(func() { n.requestRestore(n.background, r) })
 	}
 }
 

@@ -61,7 +61,7 @@ func TestAskRestore(t *testing.T) {
 		_, _ = io.WriteString(c, "ERR no such node\r\n")
 	}()
 	to := l.Addr().(*net.TCPAddr).AddrPort()
-	answer, err := askRestore(to, netip.MustParseAddr("10.0.0.9"), 5*time.Second)
+	answer, err := askRestore(t.Context(), to, netip.MustParseAddr("10.0.0.9"), 5*time.Second)
 	if err != nil || answer != "ERR no such node" {
 		t.Fatalf("answer %q, %v", answer, err)
 	}
@@ -69,8 +69,35 @@ func TestAskRestore(t *testing.T) {
 		t.Fatalf("message %q", m)
 	}
 	_ = l.Close()
-	if _, err := askRestore(to, netip.MustParseAddr("10.0.0.9"), time.Second); err == nil {
+	if _, err := askRestore(t.Context(), to, netip.MustParseAddr("10.0.0.9"), time.Second); err == nil {
 		t.Fatal("no error without a scheduler")
+	}
+}
+
+// A filter that stops does not wait for a scheduler that says nothing.
+func TestAskRestoreEnds(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		_, _ = io.ReadFull(c, make([]byte, 25))
+		cancel()
+		_, _ = io.ReadAll(c) // until the filter goes
+	}()
+	begin := time.Now()
+	if answer, err := askRestore(ctx, l.Addr().(*net.TCPAddr).AddrPort(), netip.MustParseAddr("10.0.0.9"), time.Minute); err == nil {
+		t.Errorf("answer %q", answer)
+	}
+	if took := time.Since(begin); took > 10*time.Second {
+		t.Errorf("it took %v", took)
 	}
 }
 

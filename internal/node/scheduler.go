@@ -2,6 +2,7 @@ package node
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -25,14 +26,15 @@ func RestoreMessage(ip netip.Addr) []byte {
 
 // requestRestore sends one restore request to the scheduler, or to the agent
 // on a node without one. The engine repeats it until the state changes.
-func (n *Node) requestRestore(r filter.RestoreRequest) {
+func (n *Node) requestRestore(ctx context.Context, r filter.RestoreRequest) {
 	const patience = 5 * time.Second
 	to := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), config.DefaultSchedulerPort)
 	if s := n.cfg.Load().Cluster.Scheduler; s != nil {
 		to = netip.AddrPortFrom(s.Address, s.Port)
 	}
-	answer, err := askRestore(to, r.IP, patience)
+	answer, err := askRestore(ctx, to, r.IP, patience)
 	switch {
+	case ctx.Err() != nil: // the next filter asks
 	case err != nil:
 		n.log.Warn("restore request failed; it will be repeated", "app", r.App, "to", to, "error", err)
 	case answer != "OK":
@@ -42,8 +44,11 @@ func (n *Node) requestRestore(r filter.RestoreRequest) {
 	}
 }
 
-func askRestore(to netip.AddrPort, ip netip.Addr, patience time.Duration) (string, error) {
-	c, err := net.DialTimeout("tcp", to.String(), patience)
+// askRestore gives the answer's line. It ends with ctx at once: a filter that stops
+// is waited for.
+func askRestore(ctx context.Context, to netip.AddrPort, ip netip.Addr, patience time.Duration) (string, error) {
+	d := net.Dialer{Timeout: patience}
+	c, err := d.DialContext(ctx, "tcp", to.String())
 	if err != nil {
 		return "", err
 	}
@@ -51,6 +56,8 @@ func askRestore(to netip.AddrPort, ip netip.Addr, patience time.Duration) (strin
 	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
 		return "", err
 	}
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
 	if _, err := c.Write(RestoreMessage(ip)); err != nil {
 		return "", err
 	}

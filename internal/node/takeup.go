@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/nfconnfilter/nfconnfilter/internal/journal"
 	"github.com/nfconnfilter/nfconnfilter/internal/rules"
@@ -19,6 +18,7 @@ type legacy struct {
 	apps     []filter.AppRecord
 	conns    []filter.ConnRecord
 	rebooted bool
+	boot     string // the present one
 }
 
 var bootKey = []byte("boot")
@@ -87,13 +87,11 @@ func (n *Node) openJournal(dir string) (l legacy, err error) {
 	for id := range chunks { // their connection is gone
 		n.unsaved = append(n.unsaved, journal.Entry{Table: journal.Spool, Key: spoolKey(id), Prefix: true})
 	}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
+	if l.boot, err = bootID(); err != nil {
 		return l, err
 	}
-	id := strings.TrimSpace(string(boot))
-	if l.rebooted = before != "" && before != id; before != id { // written with what is taken up
-		n.unsaved = append(n.unsaved, journal.Entry{Table: journal.Meta, Key: bootKey, Value: []byte(id)})
+	if l.rebooted = before != "" && before != l.boot; before != l.boot { // written with what is taken up
+		n.unsaved = append(n.unsaved, journal.Entry{Table: journal.Meta, Key: bootKey, Value: []byte(l.boot)})
 	}
 	return l, nil
 }

@@ -36,6 +36,12 @@ func (d *Daemon) Running() bool {
 	}
 }
 
+// Log is what the daemon has written so far.
+func (d *Daemon) Log() string {
+	b, _ := os.ReadFile(d.log)
+	return string(b)
+}
+
 // Kill ends the process with SIGKILL and waits for its end.
 func (d *Daemon) Kill() {
 	_ = d.cmd.Process.Kill()

@@ -64,6 +64,9 @@ type Node struct {
 	// View are shell commands that the next agent runs before it begins, in a
 	// mount namespace of its own: it sees directories as no other daemon does.
 	View string
+	// Instead holds other programs for the next daemons: a path by a name of those
+	// in Options.Bin.
+	Instead map[string]string
 
 	name   string // as cluster.toml has it
 	root   string // holds shared/ and app/; Dir unless several nodes share them
@@ -283,7 +286,12 @@ func (n *Node) StartDoomedAgent(failpoint string) (err error) {
 }
 
 // Program is the path of one of the two programs.
-func (n *Node) Program(name string) string { return filepath.Join(n.o.Bin, name) }
+func (n *Node) Program(name string) string {
+	if path := n.Instead[name]; path != "" {
+		return path
+	}
+	return filepath.Join(n.o.Bin, name)
+}
 
 // Args are the arguments that tell a daemon its configuration.
 func (n *Node) Args() []string {
