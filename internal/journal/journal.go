@@ -53,8 +53,9 @@ type Entry struct {
 // Journal is an open file. Its methods may be called from one goroutine at a
 // time.
 type Journal struct {
-	db  *bolt.DB
-	sum sum
+	db   *bolt.DB
+	path string
+	sum  sum
 }
 
 var versionKey = []byte("version")
@@ -94,7 +95,7 @@ func openOld(path string) (j *Journal, err error) {
 	if err != nil {
 		return nil, err
 	}
-	j = &Journal{db: db}
+	j = &Journal{db: db, path: path}
 	if err := j.begin(path); err != nil {
 		return nil, errors.Join(err, undo(), db.Close())
 	}
@@ -263,6 +264,9 @@ func (e *Entry) deleteAll(c *bolt.Cursor, s *sum) error {
 func (j *Journal) Read(t Table, f func(key, value []byte) error) error {
 	return j.db.View(func(tx *bolt.Tx) error { return tx.Bucket([]byte(t)).ForEach(f) })
 }
+
+// Path is that of the file.
+func (j *Journal) Path() string { return j.path }
 
 // Close lets go of the file.
 func (j *Journal) Close() error { return j.db.Close() }

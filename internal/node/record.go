@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -87,7 +88,7 @@ func (n *Node) save() error {
 	if err != nil { // tried again with the next record, and before a request is answered
 		n.unsaved, n.owed, n.unsavedAt = newest(n.unsaved), true, now()
 		n.spool(false)
-		return fmt.Errorf("the journal cannot be written, a filter that starts anew would not know of this: %w", err)
+		return fmt.Errorf("the journal cannot be written, a filter that starts anew would not know of this: %w; see that %s can be written and has room", err, filepath.Dir(n.journal.Path()))
 	}
 	n.reach(failpoint.Recorded)
 	clear(n.unsaved)

@@ -68,7 +68,7 @@ func (s intents) save(in intent) error {
 		err = writePrivate(s.stateDir, filepath.Base(s.path(in.App)), append(b, '\n'))
 	}
 	if err != nil {
-		return fmt.Errorf("record of the %s of %s: %w", in.Op, in.App, err)
+		return fmt.Errorf("record of the %s of %s: %w; see that %s can be written and has room", in.Op, in.App, err, s.stateDir)
 	}
 	return nil
 }
@@ -95,7 +95,10 @@ func (s intents) load(app string) (*intent, error) {
 }
 
 func (s intents) clear(app string) error {
-	return removePrivate(s.stateDir, filepath.Base(s.path(app)))
+	if err := removePrivate(s.stateDir, filepath.Base(s.path(app))); err != nil {
+		return fmt.Errorf("record %s: %w; see that %s can be written", s.path(app), err, s.stateDir)
+	}
+	return nil
 }
 
 // intend records what the operation is about to do.

@@ -117,7 +117,12 @@ func writePrivate(stateDir, name string, b []byte) error {
 
 // removePrivate removes a record of the agent's; one that is not there is no error.
 func removePrivate(stateDir, name string) error {
-	err := withPrivate(stateDir, recordsDir, 0, func(dir *os.Root) error { return dir.Remove(name) })
+	err := withPrivate(stateDir, recordsDir, 0, func(dir *os.Root) error {
+		if _, err := dir.Lstat(name); err != nil { // a read-only disk would refuse before it looks
+			return err
+		}
+		return dir.Remove(name)
+	})
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}

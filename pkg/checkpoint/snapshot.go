@@ -456,7 +456,10 @@ func (r *snapshotRun) prepare() error {
 	} else {
 		r.pending, err = r.a.store.begin(m, r.info)
 	}
-	return err
+	if err != nil {
+		return fmt.Errorf("%w; see that the store can be written and has room", err)
+	}
+	return nil
 }
 
 // manifest describes a snapshot of this node; callers is where the caller's CRIU writes

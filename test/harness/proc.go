@@ -90,6 +90,9 @@ func Sweep() error {
 	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), "nfcf-*"))
 	for _, d := range dirs {
 		if orphan(d) {
+			for _, sub := range []string{"state/agent", "state"} { // small disks of tests
+				_ = syscall.Unmount(filepath.Join(d, sub), syscall.MNT_DETACH)
+			}
 			errs = append(errs, os.RemoveAll(d))
 		}
 	}
