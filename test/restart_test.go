@@ -15,15 +15,14 @@ import (
 
 const vipBeside = "10.77.0.101"
 
-// besides is a node with two copies of Redis and as many clients of each with the
-// strictest keepalive: those of the first are held, those of the second are
+// besides is a node with two copies of Redis and as many clients of each: those of the first are held, those of the second are
 // translated. What is called at the end fails the test for what one of
 // them could notice.
-func besides(t *testing.T, name string, count int) (n *harness.Node, away, back *clients.Load, unnoticed func()) {
+func besides(t *testing.T, name string, count int, k clients.KeepAlive) (n *harness.Node, away, back *clients.Load, unnoticed func()) {
 	t.Helper()
 	n, away = redisUp(t, harness.Options{Name: name, Apps: []harness.App{harness.Redis("redis", vip), harness.Redis("second", vipBeside)}},
-		count, clients.Strictest)
-	back, err := clients.OpenLoad(n.Dial, vipBeside+":6379", nextClient, count, clients.Strictest)
+		count, k)
+	back, err := clients.OpenLoad(n.Dial, vipBeside+":6379", nextClient, count, k)
 	must(t, err)
 	nextClient += count
 	t.Cleanup(back.Close)
@@ -65,7 +64,7 @@ func silence(packets []gopacket.Packet) (longest time.Duration) {
 // are held and clients that speak: first in an orderly way, then by a kill. The
 // new filter says for how long nobody filtered, and nobody notices.
 func TestHotRestart(t *testing.T) {
-	n, away, back, unnoticed := besides(t, "restart", 50)
+	n, away, back, unnoticed := besides(t, "restart", 50, clients.Strictest)
 	binary, err := os.ReadFile(n.Program("nfconnfilter"))
 	must(t, err)
 	next := n.Path("nfconnfilter-next")

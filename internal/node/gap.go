@@ -39,6 +39,10 @@ func (g Gap) String() string {
 // leaves the last one behind.
 const signEvery = time.Second
 
+// standstill is from when on a sign of life that is late is worth a word: remotes
+// with the strictest keepalive have given up by then.
+const standstill = 3 * time.Second
+
 // signs are a filter's signs of life in state_dir/alive, one line: the boot, the
 // time (CLOCK_BOOTTIME, which nobody sets), and whether it is the last word.
 // They are overwritten in place and never synced: that works on a full disk too,
@@ -126,12 +130,17 @@ func (n *Node) Ready() Gap {
 func (n *Node) signLife(ctx context.Context) {
 	tick := time.NewTicker(signEvery)
 	defer tick.Stop()
-	for {
+	for last := now(); ; {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			n.signs.sign(now(), false)
 		}
+		at := now()
+		if still := time.Duration(at - last); still > standstill {
+			n.log.Warn("the filter stood still, or the machine did; what came meanwhile is answered now", "for", still.Round(time.Millisecond))
+		}
+		last = at
+		n.signs.sign(at, false)
 	}
 }
