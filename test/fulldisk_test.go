@@ -102,6 +102,7 @@ func TestDiskFull(t *testing.T) {
 // or read-only. It refuses what it could not go on with after its own end, and
 // held clients stay held; when it can write again, it goes on by itself.
 func TestAgentDisk(t *testing.T) {
+	t.Parallel()
 	n, load := redisUp(t, harness.Options{Name: "records"}, 20, clients.Strictest)
 	dir := n.Path("state", "agent")
 	must(t, os.MkdirAll(dir, 0o700))

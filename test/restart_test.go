@@ -15,13 +15,21 @@ import (
 
 const vipBeside = "10.77.0.101"
 
-// besides is a node with two copies of Redis and as many clients of each: those of the first are held, those of the second are
-// translated. What is called at the end fails the test for what one of
-// them could notice.
+// besides is a node with two copies of Redis; see aside.
 func besides(t *testing.T, name string, count int, k clients.KeepAlive) (n *harness.Node, away, back *clients.Load, unnoticed func()) {
 	t.Helper()
-	n, away = redisUp(t, harness.Options{Name: name, Apps: []harness.App{harness.Redis("redis", vip), harness.Redis("second", vipBeside)}},
-		count, k)
+	n = newNode(t, harness.Options{Name: name, Apps: []harness.App{harness.Redis("redis", vip), harness.Redis("second", vipBeside)}})
+	must(t, n.Up())
+	away, back, unnoticed = aside(t, n, count, k)
+	return n, away, back, unnoticed
+}
+
+// aside connects as many clients to each of a node's two copies of Redis: those of
+// the first are held, those of the second are translated. What is called at the end
+// fails the test for what one of them could notice.
+func aside(t *testing.T, n *harness.Node, count int, k clients.KeepAlive) (away, back *clients.Load, unnoticed func()) {
+	t.Helper()
+	away = redisClients(t, n, count, k)
 	back, err := clients.OpenLoad(n.Dial, vipBeside+":6379", nextClient, count, k)
 	must(t, err)
 	nextClient += count
@@ -33,7 +41,7 @@ func besides(t *testing.T, name string, count int, k clients.KeepAlive) (n *harn
 	rounds(t, away, 1) // the captures know all numbers from here on
 	rounds(t, back, 1)
 	must(t, n.Ctl("snapshot", "redis").Err())
-	return n, away, back, func() {
+	return away, back, func() {
 		t.Helper()
 		first()
 		second()

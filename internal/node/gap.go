@@ -130,6 +130,7 @@ func (n *Node) Ready() Gap {
 func (n *Node) signLife(ctx context.Context) {
 	tick := time.NewTicker(signEvery)
 	defer tick.Stop()
+	lost := uint64(0)
 	for last := now(); ; {
 		select {
 		case <-ctx.Done():
@@ -142,5 +143,17 @@ func (n *Node) signLife(ctx context.Context) {
 		}
 		last = at
 		n.signs.sign(at, false)
+		lost = n.tellLost(lost)
 	}
+}
+
+// tellLost says how many packets the queue has lost since before, when it had lost
+// that many, and returns how many by now.
+func (n *Node) tellLost(before uint64) uint64 {
+	st := n.queue.Stats()
+	lost := st.Overruns + st.QueueFull
+	if lost > before {
+		n.log.Warn("packets came faster than they were filtered, and some were dropped; their senders repeat them", "packets", lost-before)
+	}
+	return lost
 }

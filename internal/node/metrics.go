@@ -23,14 +23,15 @@ var (
 	descUsed     = prometheus.NewDesc("nfconnfilter_limit_used", "How much of a limit is used; of one for each application, by that which has most.", []string{"limit"}, nil)
 	descLimit    = prometheus.NewDesc("nfconnfilter_limit", "The limit.", []string{"limit"}, nil)
 	descReceived = prometheus.NewDesc("nfconnfilter_queue_packets_total", "Packets received from the queue.", nil, nil)
-	descOverruns = prometheus.NewDesc("nfconnfilter_queue_overruns_total", "Times that the queue's socket buffer overran.", nil, nil)
+	descOverruns = prometheus.NewDesc("nfconnfilter_queue_overruns_total", "Packets dropped because the queue's socket buffer was full.", nil, nil)
+	descFull     = prometheus.NewDesc("nfconnfilter_queue_full_total", "Packets dropped because as many waited in the queue as it holds.", nil, nil)
 	descRepaired = prometheus.NewDesc("nfconnfilter_rules_repaired_total", "Times that packet rules or sets changed by other programs were repaired.", []string{"what"}, nil)
 	descGap      = prometheus.NewDesc("nfconnfilter_unfiltered_seconds", "For how long the queue was without a filter before this one; absent when that is not known.", nil, nil)
 	descSent     = prometheus.NewDesc("nfconnfilter_injected_packets_total", "Packets sent by the filter itself.", []string{"result"}, nil)
 )
 
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descVerdicts, descConns, descState, descKept, descUsed, descLimit, descReceived, descOverruns, descRepaired, descGap, descSent} {
+	for _, d := range []*prometheus.Desc{descVerdicts, descConns, descState, descKept, descUsed, descLimit, descReceived, descOverruns, descFull, descRepaired, descGap, descSent} {
 		ch <- d
 	}
 }
@@ -47,6 +48,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	q, i := c.n.queue.Stats(), c.n.inj.Stats()
 	counter(descReceived, float64(q.Received))
 	counter(descOverruns, float64(q.Overruns))
+	counter(descFull, float64(q.QueueFull))
 	counter(descRepaired, float64(c.n.repairedRules.Load()), "rules")
 	counter(descRepaired, float64(c.n.repairedSets.Load()), "sets")
 	if g := c.n.gap.Load(); g != nil && g.Known {

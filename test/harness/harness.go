@@ -51,7 +51,9 @@ type Options struct {
 	Scheduler string
 	// CRIU is the command for applications with engine "criu".
 	CRIU string
-	Apps []App
+	// Lines are further lines of the node's file.
+	Lines string
+	Apps  []App
 }
 
 // Node is a node namespace with its configuration, and a client namespace.
@@ -133,9 +135,9 @@ func (n *Node) writeConfig() error {
 	if err := os.WriteFile(n.Path("shared", "cluster.toml"), []byte(cluster), 0o644); err != nil {
 		return err
 	}
-	more := ""
+	more := n.o.Lines
 	if n.o.Metrics != "" {
-		more = fmt.Sprintf("metrics_listen = %q\n", n.o.Metrics)
+		more += fmt.Sprintf("metrics_listen = %q\n", n.o.Metrics)
 	}
 	if err := n.writeNode(more); err != nil {
 		return err
