@@ -104,6 +104,7 @@ type agent struct {
 	foreign     foreignCRIU
 	peers       *control.Peers // the way to the other nodes
 	store       store
+	clock       wallClock
 	intents     intents
 	owed        owed
 	settling    sync.Map   // of *sync.Mutex by application: one release of old nodes at a time, and none of one that is asked anew
@@ -207,6 +208,7 @@ func (a *agent) serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	a.root = ctx
+	_ = a.clock.now() // what it is set to from here on shows
 	node := a.config().Node
 	if err := checkRecords(node.StateDir); err != nil {
 		return err

@@ -531,9 +531,7 @@ func (r *snapshotRun) complete() (*pb.AgentSnapshotReply, error) {
 		return nil, failed(opSnapshot, r.app.Name, state, err)
 	}
 	r.a.keepOnNode(r.app)
-	if perr := r.a.store.prune(r.app.Name, id, r.a.config().Node.Name, r.a.config().Cluster.Snapshots, time.Now()); perr != nil {
-		r.a.log.Warn("old snapshots stay", "app", r.app.Name, "err", perr)
-	}
+	r.a.prune(r.app.Name, id)
 	for _, f := range r.forced {
 		r.a.log.Warn("forced", "app", r.app.Name, "id", id, "connection", f)
 	}

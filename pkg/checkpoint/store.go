@@ -402,7 +402,8 @@ func (s store) shares(ctx context.Context, app, node string) error {
 // prune removes all but the newest keep snapshots of an application, those that
 // were older than maxAge at now (0: none), and what an interrupted snapshot
 // left, of this node at once, of others after a day. The current one always
-// stays.
+// stays. With the zero time, before
+// everything, nothing goes for its age.
 func (s store) prune(app, current, node string, rule config.Snapshots, now time.Time) error {
 	ids, err := s.ids(app)
 	if err != nil {
