@@ -31,6 +31,7 @@ func suspended(t *testing.T, d *harness.Daemon, during func()) {
 // TestSuspended stops filter and agent for ten seconds each, at once, on a node of
 // their own. What was under way goes on or is taken back, and nobody notices.
 func TestSuspended(t *testing.T) {
+	t.Parallel()
 	t.Run("filter", suspendedFilter)
 	t.Run("agent", suspendedAgent)
 }
