@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"time"
 
@@ -60,6 +61,12 @@ var errCRIUEnded = errors.New("CRIU has ended in the middle of it; its log tells
 
 // CriuAction serves the request of the same name.
 func (a *agent) CriuAction(ctx context.Context, r *connect.Request[pb.AgentCriuActionRequest]) (*connect.Response[pb.AgentCriuActionReply], error) {
+	// It names processes and directories that the agent believes in: one that is not
+	// the application's could be ended in its place.
+	if c, ok := control.CallerFrom(ctx); ok && c.UID != 0 && int(c.UID) != os.Geteuid() {
+		return nil, control.Error(connect.CodePermissionDenied, r.Msg.App, "",
+			fmt.Sprintf("user ID %d is not allowed: a CRIU that root runs may call this, and no other", c.UID))
+	}
 	return answer(a.criuAction(ctx, r.Msg))
 }
 
