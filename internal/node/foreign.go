@@ -221,6 +221,9 @@ func (s service) takeOver(ctx context.Context, b *filter.RestoreStart, structure
 	ctx = context.WithoutCancel(ctx)
 	var err error
 	if b.Given, err = decodeStructures(structures); err == nil {
+		err = s.asConfigured(b.App, b.Given)
+	}
+	if err == nil {
 		var r *connect.Response[pb.AppReply]
 		if r, err = s.change(ctx, b.App, b); err == nil || s.n.state(b.App) == appstate.RestoreStart.String() {
 			s.n.foreign.forgetGiven(b.App)
@@ -236,6 +239,31 @@ func (s service) takeOver(ctx context.Context, b *filter.RestoreStart, structure
 		end = "; the connections are handed back to node " + b.OldNode + " as soon as it can be reached"
 	}
 	return nil, control.Error(connect.CodeOf(err), b.App, s.n.state(b.App), words(err)+end)
+}
+
+// asConfigured tells why what another node hands over is not the application that
+// this node's files describe: its filter could have this one swallow what is sent
+// to any address.
+func (s service) asConfigured(app string, st *filter.Structures) error {
+	bad := func(format string, args ...any) error {
+		return fmt.Errorf("%w: %s", filter.ErrStructures, fmt.Sprintf(format, args...))
+	}
+	vips := slices.SortedFunc(slices.Values(st.App.VIPs), netip.Addr.Compare)
+	if a := s.n.cfg.Load().Apps[app]; a != nil {
+		if own := slices.SortedFunc(slices.Values(a.VIPs), netip.Addr.Compare); !slices.Equal(own, vips) {
+			return bad("they are of the VIPs %v, and application %q has %v in this node's files", vips, app, own)
+		}
+		return nil
+	}
+	for _, v := range vips { // not read yet
+		switch iface, ok, err := s.n.vipHere(v); {
+		case err != nil:
+			return fmt.Errorf("whether %v is on this node cannot be told: %w", v, err)
+		case ok:
+			return bad("they are of %v, which is on interface %s of this node already", v, iface)
+		}
+	}
+	return nil
 }
 
 // restoreAbort is RESTOREABORT: an application that another node has handed over

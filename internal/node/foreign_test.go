@@ -498,6 +498,40 @@ func TestWhoAsks(t *testing.T) {
 	p.want(err, connect.CodeUnimplemented, "")
 }
 
+// A node that this node's files do not let run an application is not given its
+// connections, and one that does not have them cannot have this one speak for other
+// addresses, whatever certificate it has.
+func TestTakeOverAsConfigured(t *testing.T) {
+	has := func(x *side, vips, nodes string) {
+		a := &config.App{Name: "redis", Nodes: strings.Fields(nodes)}
+		for _, v := range strings.Fields(vips) {
+			a.VIPs = append(a.VIPs, netip.MustParseAddr(v))
+		}
+		c := *x.s.n.cfg.Load()
+		c.Apps = map[string]*config.App{"redis": a}
+		x.s.n.cfg.Store(&c)
+	}
+	p := newPair(t)
+	has(p.a, "10.0.0.100", "a c")
+	p.want(p.restore(p.b, "s1", "a"), connect.CodeFailedPrecondition, "node b may not run it")
+	p.states("SNAPSHOTDONE", "")
+	has(p.a, "10.0.0.100", "a b")
+	for _, vips := range []string{"10.0.0.101", "10.0.0.100 fd00::100"} {
+		has(p.b, vips, "")
+		p.want(p.restore(p.b, "s1", "a"), connect.CodeFailedPrecondition, "they are of the VIPs [10.0.0.100], and application")
+		p.states("SNAPSHOTDONE", "")
+	}
+	c := *p.b.s.n.cfg.Load()
+	c.Apps = nil // its file is newer than what the filter has read
+	p.b.s.n.cfg.Store(&c)
+	p.b.vipHere = true
+	p.want(p.restore(p.b, "s1", "a"), connect.CodeFailedPrecondition, "is on interface eth0 of this node already")
+	p.states("SNAPSHOTDONE", "")
+	p.b.vipHere = false
+	p.ok(p.restore(p.b, "s1", "a"))
+	p.states("BLOCKDATA", "RESTORESTART")
+}
+
 func TestPeerAddress(t *testing.T) {
 	addr := netip.MustParseAddr("192.0.2.11")
 	node := config.Node{Name: "a", Address: addr, FilterPort: 7401}

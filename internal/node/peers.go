@@ -3,8 +3,10 @@ package node
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -216,8 +218,14 @@ func (p peerService) caller(ctx context.Context, app, named string) (string, err
 }
 
 func (p peerService) Handover(ctx context.Context, r *connect.Request[pb.HandoverRequest]) (*connect.Response[pb.HandoverReply], error) {
-	if _, err := p.caller(ctx, r.Msg.App, r.Msg.ToNode); err != nil {
+	app := r.Msg.App
+	from, err := p.caller(ctx, app, r.Msg.ToNode)
+	if err != nil {
 		return nil, err
+	}
+	if a := p.service.n.cfg.Load().Apps[app]; a != nil && len(a.Nodes) > 0 && !slices.Contains(a.Nodes, from) {
+		return nil, control.Error(connect.CodePermissionDenied, app, p.service.n.state(app), fmt.Sprintf(
+			"node %s may not run it: nodes = %q in the application's file, as this filter has read it (systemctl reload nfconnfilter)", from, a.Nodes))
 	}
 	return p.service.Handover(ctx, r)
 }

@@ -88,6 +88,8 @@ func TestStructuresRefused(t *testing.T) {
 		"multicast":          {func(st *filter.Structures) { st.App.VIPs[0] = netip.MustParseAddr("224.0.0.1") }, "is no VIP"},
 		"zone":               {func(st *filter.Structures) { st.App.VIPs[0] = netip.MustParseAddr("fe80::1%eth0") }, "is no VIP"},
 		"heartbeats":         {func(st *filter.Structures) { st.App.Heartbeats = make([]filter.Heartbeat, 257) }, "too many"},
+		"a long heartbeat":   {func(st *filter.Structures) { st.App.Heartbeats = []filter.Heartbeat{{Reply: make([]byte, 1025)}} }, "too long"},
+		"heartbeats of 1 ns": {func(st *filter.Structures) { st.App.Heartbeats = []filter.Heartbeat{{Send: []byte("x"), Interval: 1}} }, "too frequent"},
 		"ports":              {func(st *filter.Structures) { st.App.Listen = make([]uint16, 1<<17) }, "more ports"},
 		"another VIP":        {func(st *filter.Structures) { st.Conns[0].ID.Local = netip.MustParseAddrPort("10.0.0.1:80") }, "another VIP"},
 		"of another":         {func(st *filter.Structures) { st.Conns[0].App = "web" }, "which has none"},
@@ -159,7 +161,7 @@ func FuzzStructures(f *testing.F) {
 		st.Conns[1].State, st.Conns[1].FinIn, st.Conns[1].HeadFin = appstate.Closing, true, true
 	}, "tdcRt")
 	add(func(st *filter.Structures) {
-		st.App.Spool, st.App.Heartbeats = 64, []filter.Heartbeat{{Send: []byte("x"), Interval: 1}}
+		st.App.Spool, st.App.Heartbeats = 64, []filter.Heartbeat{{Send: []byte("x"), Interval: 1e6}}
 	}, "dtttcR")
 	add(func(st *filter.Structures) {
 		st.App.Silent, st.App.Imaged = true, true

@@ -34,6 +34,8 @@ var ErrStructures = errors.New("the structures cannot be taken over")
 const (
 	mostName       = 255 // octets, as of a file
 	mostHeartbeats = 256
+	mostBeat       = 1 << 10 // octets of one that is sent
+	leastInterval  = 1e6     // between two that are sent; else nothing else would be done
 	mostText       = 1 << 10
 	mostReasons    = 256
 )
@@ -194,6 +196,11 @@ func (r *AppRecord) movable() error {
 		return fmt.Errorf("%d heartbeats are too many", len(r.Heartbeats))
 	case len(r.VIPs) > 2 || len(r.VIPs) == 2 && r.VIPs[0].Is4() == r.VIPs[1].Is4():
 		return errors.New("there is one VIP, or one of each family")
+	}
+	for _, h := range r.Heartbeats {
+		if max(len(h.Reply), len(h.Send)) > mostBeat || len(h.Match) > 1<<16 || h.Interval > 0 && h.Interval < leastInterval {
+			return errors.New("a heartbeat is too long, or too frequent")
+		}
 	}
 	for _, l := range [][]uint16{r.Include, r.Exclude, r.Outgoing, r.Listen} {
 		if len(l) > 1<<16 {
