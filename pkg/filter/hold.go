@@ -310,6 +310,10 @@ func (e *Engine) heldClosing(now Time, c *conn, fx *Effects) {
 	}
 }
 
+// mostSyn bounds a SYN that is kept, from its IP header on, which anybody can send: what
+// both headers take, and the octets of a fast open (RFC 7413) in an Ethernet frame.
+const mostSyn = 2048
+
 // heldUnknown is a segment without a connection structure.
 func (e *Engine) heldUnknown(now Time, a *app, id ConnID, p *Packet, fx *Effects) {
 	s := &e.seg
@@ -323,6 +327,13 @@ func (e *Engine) heldUnknown(now Time, a *app, id ConnID, p *Packet, fx *Effects
 			sp := tcpemu.RefuseSyn(s)
 			fx.send(&sp, false)
 		}
+		return
+	}
+	if len(s.Raw()) > mostSyn && s.PayloadLen() > 0 { // its octets come again behind the handshake
+		s.Trim(0)
+	}
+	if len(s.Raw()) > mostSyn {
+		fx.drop(HeldSynLimited)
 		return
 	}
 	if i, ok := a.synIndex[id]; ok { // sent again: the newest is delivered

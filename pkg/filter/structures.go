@@ -361,7 +361,7 @@ func (e *Engine) takeSyn(a *app, p []byte) {
 	}
 	id := ConnID{Local: s.Dst, Remote: s.Src}
 	if _, ok := a.synIndex[id]; ok || !slices.Contains(a.vips, id.Local.Addr()) || !a.listens(id.Local.Port()) ||
-		len(a.syns) >= e.cfg.MaxSyns || e.syns >= e.cfg.SynsTotal {
+		len(a.syns) >= e.cfg.MaxSyns || e.syns >= e.cfg.SynsTotal || len(s.Raw()) > mostSyn {
 		return
 	}
 	if a.synIndex == nil {
