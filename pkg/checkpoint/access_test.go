@@ -2,6 +2,7 @@ package checkpoint
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -11,8 +12,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
 
 	"github.com/nfconnfilter/nfconnfilter/internal/criu"
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
@@ -165,5 +168,86 @@ func TestUntrustedImages(t *testing.T) {
 		if _, err := a.restore(t.Context(), "redis", ""); err != nil || !w.running {
 			t.Errorf("%s, root's again: %v", where, err)
 		}
+	}
+}
+
+// Nothing is dumped to where somebody else can write: it could not be restored.
+func TestUntrustedPlaceOfImages(t *testing.T) {
+	needRoot(t)
+	w, a, _ := imagedWorld(t, 2)
+	a.trust = config.CheckTrusted
+	writeFile(t, filepath.Join(a.config().SharedDir, "apps", "redis.toml"), "")
+	at := filepath.Join(a.store.dir, "redis")
+	try(t, os.MkdirAll(at, 0o700))
+	try(t, os.Chown(at, stranger, stranger))
+	_, err := a.snapshot(t.Context(), &pb.AgentSnapshotRequest{App: "redis"})
+	if err == nil || !strings.Contains(err.Error(), at+" belongs to user 12345") || !w.running || len(files(t, at)) > 0 {
+		t.Errorf("%v, running %v, written %v", err, w.running, files(t, at))
+	}
+	wantState(t, w, control.StateConnected)
+	try(t, os.Chown(at, 0, 0))
+	if _, err := a.snapshot(t.Context(), &pb.AgentSnapshotRequest{App: "redis"}); err != nil {
+		t.Error(err)
+	}
+}
+
+// What stands in the place of a stored file neither stops the agent nor takes its
+// memory.
+func TestStoreOfPipesAndGiants(t *testing.T) {
+	for _, name := range []string{manifestFile, connectionsFile} {
+		for want, plant := range map[string]func(path string) error{
+			"is no regular file":   func(path string) error { return unix.Mkfifo(path, 0o600) },
+			"are the most that an": func(path string) error { return errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 1<<40)) },
+		} {
+			s, id := store{t.TempDir()}, newSnapshotID(time.Now())
+			put(t, s, "redis", id)
+			path := filepath.Join(s.dir, "redis", id, name)
+			try(t, os.Remove(path))
+			try(t, plant(path))
+			done := make(chan error, 1)
+			go func() {
+				_, _, err := s.load("redis", id)
+				done <- err
+			}()
+			select {
+			case err := <-done:
+				if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), name) {
+					t.Errorf("%s: %v, want %q", name, err, want)
+				}
+			case <-time.After(10 * time.Second):
+				t.Fatalf("%s is waited for", path)
+			}
+		}
+	}
+}
+
+// At rest everything is its owner's alone: clients' data, and what names them.
+func TestAtRest(t *testing.T) {
+	old := unix.Umask(0)
+	defer unix.Umask(old)
+	dir := t.TempDir()
+	s := store{filepath.Join(dir, "snapshots")}
+	put(t, s, "redis", newSnapshotID(time.Now()))
+	state := filepath.Join(dir, "state")
+	try(t, saveRecord(state, record{App: "redis", PID: 77, BootID: bootID()}))
+	in := intents{state}
+	try(t, in.save(intent{App: "redis"}))
+	l := &osLauncher{stateDir: state, log: quietLog(), noCgroup: true}
+	try(t, l.run(t.Context(), shellApp("echo hello"), shellApp("echo hello").Process.Start))
+	n := 0
+	for _, name := range files(t, dir) {
+		fi, err := os.Lstat(filepath.Join(dir, name))
+		try(t, err)
+		n++
+		most := os.FileMode(0o700)
+		if strings.HasPrefix(name, "state/log") { // root's, for a group to read
+			most = 0o750
+		}
+		if fi.Mode().Perm()&^most != 0 {
+			t.Errorf("%s has mode %v", name, fi.Mode())
+		}
+	}
+	if n < 9 {
+		t.Errorf("%d files: %v", n, files(t, dir))
 	}
 }

@@ -102,6 +102,10 @@ func (r *snapshotRun) prepareImage() error {
 	if err := r.prepare(); err != nil {
 		return err
 	}
+	// Where others can write nothing could be restored from: see trustedImages.
+	if err := r.a.trustedFile(r.app, r.pending.dir()); err != nil {
+		return err
+	}
 	if err := r.pending.makeImages(imagesDir); err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/nfconnfilter/nfconnfilter/pkg/config"
@@ -29,6 +31,10 @@ const (
 	// appears is how long a snapshot that another node has just named may stay
 	// unseen on a network file system.
 	appears = 5 * time.Second
+
+	// mostManifest and mostStored bound what is read of a snapshot.
+	mostManifest = 64 << 20
+	mostStored   = 1 << 30
 
 	manifestFile    = "manifest.json"
 	connectionsFile = "connections.json"
@@ -261,7 +267,26 @@ func (s store) read(app, id, name string) ([]byte, error) {
 		return nil, err
 	}
 	defer dir.Close()
-	return dir.ReadFile(filepath.Join(app, id, name))
+	path := filepath.Join(app, id, name)
+	f, err := dir.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a pipe in its place would be waited for
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	most := int64(mostStored)
+	if name == manifestFile {
+		most = mostManifest
+	}
+	fi, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, err
+	case !fi.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is no regular file", path)
+	case fi.Size() > most:
+		return nil, fmt.Errorf("%s has %d octets, and %d are the most that an agent writes", path, fi.Size(), most)
+	}
+	return io.ReadAll(io.LimitReader(f, most))
 }
 
 func (s store) readManifest(app, id string) (*Manifest, error) {
