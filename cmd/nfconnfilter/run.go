@@ -5,17 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
-	"net/http"
 	"os"
 	"os/signal"
 	"syscall"
-	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 
 	"github.com/nfconnfilter/nfconnfilter/internal/failpoint"
@@ -146,27 +140,4 @@ func reload(f *files, old *config.Config, log *slog.Logger) *config.Config {
 		log.Warn("what was read of the application before stays in force", "app", app)
 	}
 	return r.Config
-}
-
-// serveMetrics answers Prometheus where the node's file asks for it.
-func serveMetrics(ctx context.Context, cfg *config.Config, n *node.Node, log *slog.Logger) error {
-	if cfg.Node.MetricsListen == "" {
-		return nil
-	}
-	l, err := net.Listen("tcp", cfg.Node.MetricsListen)
-	if err != nil {
-		return fmt.Errorf("metrics_listen: %w", err)
-	}
-	reg := prometheus.NewRegistry()
-	reg.MustRegister(n.Metrics(), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	mux := http.NewServeMux()
-	mux.Handle("/metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	context.AfterFunc(ctx, func() { _ = srv.Close() })
-	go func() {
-		if err := srv.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
-			log.Error("metrics", "error", err)
-		}
-	}()
-	return nil
 }
