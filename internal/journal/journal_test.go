@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	bolt "go.etcd.io/bbolt"
@@ -152,5 +153,18 @@ func TestForeignFile(t *testing.T) {
 	must(t, db.Close())
 	if _, err := Open(path); !errors.Is(err, ErrDamaged) {
 		t.Errorf("opened: %v", err)
+	}
+}
+
+// What clients have sent lies in it: it is its owner's alone.
+func TestMode(t *testing.T) {
+	old := syscall.Umask(0)
+	defer syscall.Umask(old)
+	path := filepath.Join(t.TempDir(), "journal.db")
+	j, err := Open(path)
+	must(t, err)
+	defer j.Close()
+	if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", fi.Mode(), err)
 	}
 }

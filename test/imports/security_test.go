@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -74,4 +75,26 @@ func testsOf(t *testing.T, path string) map[string]bool {
 		}
 	}
 	return all
+}
+
+// TestUnits: the daemons have no more privileges than docs/security.md says.
+func TestUnits(t *testing.T) {
+	for unit, want := range map[string][]string{
+		"nfconnfilter.service": {
+			"User=nfconnfilter", "AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW", "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW",
+			"NoNewPrivileges=yes", "ProtectSystem=strict", "RuntimeDirectoryMode=0750", "StateDirectoryMode=0750",
+		},
+		"ckptctl-scheduler.service": {"User=nfconnfilter", "CapabilityBoundingSet=", "NoNewPrivileges=yes", "ProtectSystem=strict"},
+	} {
+		b, err := os.ReadFile(filepath.Join("..", "..", "packaging", unit))
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := strings.Split(string(b), "\n")
+		for _, w := range want {
+			if !slices.Contains(lines, w) {
+				t.Errorf("%s lacks %s", unit, w)
+			}
+		}
+	}
 }
