@@ -251,3 +251,15 @@ func TestAtRest(t *testing.T) {
 		t.Errorf("%d files: %v", n, files(t, dir))
 	}
 }
+
+// What other nodes may ask is a short list: nothing that starts or ends what their
+// certificate is not for, and nothing that names processes or files.
+func TestPeersMayAsk(t *testing.T) {
+	var got []string
+	for _, p := range peerProcedures {
+		got = append(got, p[strings.LastIndexByte(p, '/')+1:])
+	}
+	if want := "NodeStatus Restore Snapshot Migrate Abort Prepare Yield Progress"; strings.Join(got, " ") != want {
+		t.Errorf("%v, want %s", got, want)
+	}
+}

@@ -38,9 +38,11 @@ const (
 	strangersEach = time.Minute // a line in the log
 )
 
-// Bounds the time for a whole request, and for a reply to be taken. A variable
-// for the tests.
-var peerBody = 2 * time.Minute
+// Variables for the tests.
+var (
+	peerBody  = 2 * time.Minute // for a whole request, and for a reply to be taken
+	peerReply = MaxPeerMessage
+)
 
 // Peer is another node of the cluster, or its scheduler.
 type Peer struct {
@@ -338,7 +340,7 @@ func (p *Peers) DialAgent(node string) (*AgentClient, error) {
 }
 
 func peerClientOptions() []connect.ClientOption {
-	return append(clientOptions(nil), connect.WithReadMaxBytes(MaxPeerMessage))
+	return append(clientOptions(nil), connect.WithReadMaxBytes(peerReply))
 }
 
 // client makes the way to one node.
@@ -435,6 +437,10 @@ type peerTransport struct {
 func (t *peerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	r.Header.Set(nodeHeader, t.self)
 	resp, err := t.next.RoundTrip(r)
+	if err == nil {
+		// Connect reads what is too large to its end, wherever that is.
+		resp.Body = &boundedBody{resp.Body, int64(peerReply) + 64<<10}
+	}
 	if err != nil || resp.StatusCode != http.StatusBadRequest || r.URL.Scheme != "http" || strings.Contains(resp.Header.Get("Content-Type"), "json") {
 		return resp, err
 	}
@@ -444,6 +450,22 @@ func (t *peerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 		return nil, notDelivered{fmt.Errorf("node %s speaks TLS and this node plain text: set [tls] in this node's file", t.node)}
 	}
 	return nil, fmt.Errorf("node %s answers: %s: %s", t.node, resp.Status, b)
+}
+
+// boundedBody is a reply that fails behind so many octets.
+type boundedBody struct {
+	io.ReadCloser
+	left int64
+}
+
+// Read reads some of what is allowed.
+func (b *boundedBody) Read(p []byte) (int, error) {
+	if b.left <= 0 {
+		return 0, errors.New("the reply does not end")
+	}
+	n, err := b.ReadCloser.Read(p[:min(int64(len(p)), b.left)])
+	b.left -= int64(n)
+	return n, err
 }
 
 // notDelivered is a failure before anything of a request was sent.

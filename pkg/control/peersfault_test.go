@@ -108,6 +108,40 @@ func TestPeersSlowReply(t *testing.T) {
 	}
 }
 
+// A reply that has no end, or is too large when it is unpacked, is given up.
+func TestPeersEndlessReply(t *testing.T) {
+	most := peerReply
+	peerReply = 1 << 20
+	defer func() { peerReply = most }()
+	r := newPeerRig(t)
+	sent := make(chan int, 1)
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/proto")
+		n := 0
+		for {
+			k, err := w.Write(make([]byte, 1<<16))
+			if n += k; err != nil || n > 1<<28 {
+				sent <- n
+				return
+			}
+		}
+	})}
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(r.l) }()
+	defer func() {
+		srv.Close()
+		<-done
+	}()
+	c := r.dial(t, r.options("node-a", "", ""))
+	if _, err := ask(t, c); connect.CodeOf(err) != connect.CodeResourceExhausted {
+		t.Errorf("%v", err)
+	}
+	c.Close()
+	if n := <-sent; n > 1<<27 {
+		t.Errorf("%d octets were taken", n)
+	}
+}
+
 // Who is refused again and again does not fill the log, whatever name it gives.
 func TestPeersLog(t *testing.T) {
 	r := newPeerRig(t)
