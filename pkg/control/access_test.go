@@ -337,7 +337,23 @@ func TestSocketReplacedByLink(t *testing.T) {
 			t.Errorf("%s: %v", p, err)
 		}
 	}
-	if st, err := os.Stat(secret); err != nil || st.Mode().Perm() != 0o600 {
-		t.Errorf("mode %v, %v", st.Mode(), err)
+	// Another socket of the daemon's user, which is for nobody else.
+	other := filepath.Join(dir, "other.sock")
+	l, err := net.Listen("unix", other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	link := filepath.Join(dir, "control.sock")
+	if err := errors.Join(os.Chmod(other, 0o600), os.Symlink(other, link)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := giveTo(link, os.Getgid()); err == nil || !strings.Contains(err.Error(), "something else in its place") {
+		t.Errorf("%s: %v", link, err)
+	}
+	for _, p := range []string{secret, other} {
+		if st, err := os.Stat(p); err != nil || st.Mode().Perm() != 0o600 {
+			t.Errorf("%s: mode %v, %v", p, st.Mode(), err)
+		}
 	}
 }
