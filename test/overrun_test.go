@@ -1,6 +1,7 @@
 package test
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -22,7 +23,7 @@ import (
 // metric reads one of the filter's counters at address.
 func metric(t *testing.T, ns *testnet.NS, address, name string) (v float64) {
 	t.Helper()
-	tr := &http.Transport{Dial: func(network, addr string) (net.Conn, error) { return ns.Dial(network, addr) }, DisableKeepAlives: true}
+	tr := &http.Transport{DialContext: func(_ context.Context, network, addr string) (net.Conn, error) { return ns.Dial(network, addr) }, DisableKeepAlives: true}
 	res, err := (&http.Client{Transport: tr, Timeout: reply}).Get("http://" + address + "/metrics")
 	must(t, err)
 	defer res.Body.Close()

@@ -1,13 +1,8 @@
 package test
 
 import (
-	"bufio"
-	"context"
 	"flag"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -33,16 +28,13 @@ type use struct {
 }
 
 // used looks at a daemon.
-func used(n *harness.Node, d *harness.Daemon) (u use, err error) {
+func used(t *testing.T, n *harness.Node, d *harness.Daemon) (u use) {
+	t.Helper()
 	dir := fmt.Sprintf("/proc/%d", d.PID())
 	fds, err := os.ReadDir(filepath.Join(dir, "fd"))
-	if err != nil {
-		return u, err
-	}
+	must(t, err)
 	b, err := os.ReadFile(filepath.Join(dir, "status"))
-	if err != nil {
-		return u, err
-	}
+	must(t, err)
 	u.files = len(fds)
 	for line := range strings.Lines(string(b)) {
 		f := strings.Fields(line)
@@ -53,32 +45,12 @@ func used(n *harness.Node, d *harness.Daemon) (u use, err error) {
 		case f[0] == "Threads:" && d != n.Filter:
 			u.tasks, err = strconv.Atoi(f[1])
 		}
-		if err != nil {
-			return u, err
-		}
+		must(t, err)
 	}
 	if d == n.Filter {
-		u.tasks, err = metric(n, "go_goroutines")
+		u.tasks = int(metric(t, n.Net.Node(), metricsAt, "go_goroutines"))
 	}
-	return u, err
-}
-
-// metric asks the filter for one of its metrics.
-func metric(n *harness.Node, name string) (int, error) {
-	c := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
-		DialContext: func(context.Context, string, string) (net.Conn, error) { return n.Net.Node().Dial("tcp", metricsAt) }}}
-	r, err := c.Get("http://" + metricsAt + "/metrics")
-	if err != nil {
-		return 0, err
-	}
-	defer r.Body.Close()
-	for s := bufio.NewScanner(io.LimitReader(r.Body, 1<<20)); s.Scan(); {
-		if v, ok := strings.CutPrefix(s.Text(), name+" "); ok {
-			x, err := strconv.ParseFloat(v, 64)
-			return int(x), err
-		}
-	}
-	return 0, fmt.Errorf("there is no metric %s", name)
+	return u
 }
 
 // TestSoak snapshots and restores an application under clients that speak all the time, and
@@ -91,7 +63,7 @@ func TestSoak(t *testing.T) {
 	}{{"restart", false}, {"criu", true}} {
 		t.Run(s.name, func(t *testing.T) {
 			app := harness.Redis("redis", vip)
-			o := harness.Options{Name: "soak", Metrics: metricsAt}
+			o := harness.Options{Name: "soak", Lines: fmt.Sprintf("metrics_listen = %q\n", metricsAt)}
 			if s.criu {
 				app.Checkpoint, app.Before = "engine = \"criu\"\n", nil
 				o = withCRIU(t, o)
@@ -118,9 +90,7 @@ func soak(t *testing.T, n *harness.Node, talk *clients.Talk, victim string, long
 		must(t, n.WaitState("redis", "RESTORED", reply))
 		must(t, harness.Wait(reply, "nothing is under way", func() bool { return doing(n, "redis") == "/" }))
 		everybody(t, talk, 1)
-		u, err := used(n, watched())
-		must(t, err)
-		seen = append(seen, u)
+		seen = append(seen, used(t, n, watched()))
 		if cycles%each == each-1 {
 			must(t, kill())
 			kills++

@@ -42,9 +42,7 @@ func TestMetricsPort(t *testing.T) {
 	for range 2 * metricsConns {
 		all = append(all, dial(""))
 	}
-	for _, c := range []net.Conn{dial(whole[:20]), dial("POST" + whole[3:len(whole)-2] + "Content-Length: 9\r\n\r\n"), dial(whole)} {
-		all = append(all, c)
-	}
+	all = append(all, dial(whole[:20]), dial("POST"+whole[3:len(whole)-2]+"Content-Length: 9\r\n\r\n"), dial(whole))
 	for i, c := range all {
 		if _, err := io.Copy(io.Discard, c); err != nil && strings.Contains(err.Error(), "timeout") {
 			t.Fatalf("connection %d stays open", i)

@@ -43,7 +43,7 @@ func fill(f *os.File, path string) (*Journal, error) {
 	if err != nil {
 		return nil, fmt.Errorf("journal %s: %w", path, err)
 	}
-	j := &Journal{db: db}
+	j := &Journal{db: db, path: path}
 	err = j.begin(path)
 	if err == nil {
 		err = errors.Join(os.Rename(f.Name(), path), syncDir(filepath.Dir(path)), syncDir(filepath.Dir(filepath.Dir(path))))

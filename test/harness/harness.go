@@ -43,8 +43,6 @@ type Options struct {
 	NoOffloads bool
 	// Holdpoint lets Hold stop an agent in a phase of an operation.
 	Holdpoint bool
-	// Metrics is where the filter serves them in the node's namespace, ADDRESS:PORT; empty: nowhere.
-	Metrics string
 	// Failpoints lets EndAt end filter and agent at the boundaries of their effects.
 	Failpoints bool
 	// Scheduler, "IP:port", receives the restore requests; empty: the agent does.
@@ -135,11 +133,7 @@ func (n *Node) writeConfig() error {
 	if err := os.WriteFile(n.Path("shared", "cluster.toml"), []byte(cluster), 0o644); err != nil {
 		return err
 	}
-	more := n.o.Lines
-	if n.o.Metrics != "" {
-		more += fmt.Sprintf("metrics_listen = %q\n", n.o.Metrics)
-	}
-	if err := n.writeNode(more); err != nil {
+	if err := n.writeNode(n.o.Lines); err != nil {
 		return err
 	}
 	for _, a := range n.o.Apps {
