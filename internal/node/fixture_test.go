@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/nfconnfilter/nfconnfilter/internal/journal"
 	"github.com/nfconnfilter/nfconnfilter/pkg/appstate"
 	"github.com/nfconnfilter/nfconnfilter/pkg/filter"
 )
@@ -175,4 +177,39 @@ func sameEngine(t *testing.T, e *filter.Engine, lacks []string) {
 		c.Chunks, want.Chunks = nil, nil
 		sameFields(t, "engine: "+c.ID.Remote.String(), c, want, lacks)
 	}
+}
+
+// newestFixture is the fixture of the encoding that is written now.
+const newestFixture = "journal-v2.db.gz"
+
+func init() {
+	compare = func(t *testing.T, made []byte) {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "journal.db"), made, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		now, was := contents(t, dir), contents(t, unpacked(t, newestFixture))
+		if len(now) == 0 || !maps.Equal(now, was) {
+			t.Errorf("what is written now is not what %s holds: a new encoding takes a new fixture\n%q\n%q", newestFixture, now, was)
+		}
+	}
+}
+
+// contents are the records of a journal, by table and key.
+func contents(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	j, err := journal.Open(filepath.Join(dir, "journal.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]string{}
+	for _, table := range []journal.Table{journal.Apps, journal.Conns, journal.Spool} {
+		if err := j.Read(table, func(k, v []byte) error { all[string(table)+"/"+string(k)] = string(v); return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return all
 }
