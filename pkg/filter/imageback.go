@@ -151,9 +151,10 @@ func (e *Engine) sayKept(now Time, c *conn, fx *Effects) {
 		if s.Parse(b) != packet.OK || c.belowFloor(&s) {
 			continue
 		}
+		unclocked := c.unclocked(&s)
 		c.tr.Outbound(&s, c.id.Local.Port(), &c.edge)
 		c.ahead(&s)
-		if s.Opt.HasTS && s.Opt.TSEcr == 0 { // it has not heard the remote's clock yet
+		if unclocked {
 			s.SetTS(s.Opt.TSVal, c.ep.TSRec)
 		}
 		if s.Opt.HasTS {
