@@ -42,14 +42,13 @@ func metric(t *testing.T, ns *testnet.NS, address, name string) (v float64) {
 // holds. What was dropped is counted and said, senders repeat it, and nobody is reset.
 func TestQueueOverrun(t *testing.T) {
 	t.Parallel()
-	const address = "127.0.0.1:9464"
-	n := newNode(t, harness.Options{Name: "flood", Lines: fmt.Sprintf("metrics_listen = %q\n", address),
+	n := newNode(t, harness.Options{Name: "flood", Lines: fmt.Sprintf("metrics_listen = %q\n", metricsAt),
 		Apps: []harness.App{harness.Redis("redis", vip), harness.Redis("second", vipBeside)}})
 	must(t, n.Up())
 	away, back, unnoticed := aside(t, n, 20, ordinary)
 	talk := back.Talk(200*time.Millisecond, reply)
 	lost := func() float64 {
-		return metric(t, n.Net.Node(), address, "nfconnfilter_queue_overruns_total") + metric(t, n.Net.Node(), address, "nfconnfilter_queue_full_total")
+		return metric(t, n.Net.Node(), metricsAt, "nfconnfilter_queue_overruns_total") + metric(t, n.Net.Node(), metricsAt, "nfconnfilter_queue_full_total")
 	}
 	if k := lost(); k != 0 {
 		t.Errorf("%g packets were lost before", k)

@@ -89,11 +89,7 @@ func (s *stream) restoreImage() {
 		if !again {
 			break
 		}
-		if from == "" || s.nodes.IntN(2) == 0 {
-			s.abort(from)
-			continue
-		}
-		s.handBack(from)
+		s.giveUp(from)
 	}
 	s.play("advance 30ms")
 	if s.state() != appstate.Restored {

@@ -279,11 +279,7 @@ func (s *stream) hold() {
 		if s.r.IntN(4) > 0 {
 			break
 		}
-		if from == "" || s.nodes.IntN(2) == 0 {
-			s.abort(from)
-			continue
-		}
-		s.handBack(from)
+		s.giveUp(from)
 	}
 	s.play("request RESTORED")
 	s.release()
@@ -326,6 +322,15 @@ func (s *stream) away() bool {
 	var fx filter.Effects
 	s.w.Engine.Step(s.w.Now(), filter.Event{Request: &filter.Request{Body: &filter.Status{App: "redis"}}}, &fx)
 	return fx.Replies[0].Body.(*filter.StatusList).Apps[0].Foreign
+}
+
+// giveUp ends a restore, here or by handing back what came from another node.
+func (s *stream) giveUp(from string) {
+	if from == "" || s.nodes.IntN(2) == 0 {
+		s.abort(from)
+		return
+	}
+	s.handBack(from)
 }
 
 // abort gives a restore up, and stays here.
