@@ -83,6 +83,8 @@ type conn struct {
 	kept      []byte       // payload from keptAt on
 	keptAt    seqnum.Value // RCV.NXT of the hold
 	keptFin   bool
+	head      []byte       // payload from headAt on for which there was no room
+	headAt    seqnum.Value // then RCV.NXT
 	spooled   bool         // what is kept was acknowledged to the remote
 	chunks    bool         // and is recorded
 	sentTo    seqnum.Value // of it, handed to local

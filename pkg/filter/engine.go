@@ -53,6 +53,7 @@ type Engine struct {
 	flows   map[flowKey]int     // translated connections of each entry in the set
 	noSpool bool                // records cannot be kept
 	kept    int                 // octets of memory for payload
+	heads   int                 // and for heads
 	syns    int                 // kept, of all applications
 	rng     uint64
 	timers  timers
@@ -126,6 +127,7 @@ type app struct {
 	wakeAt      Time // when the request goes out again, 0: not outstanding
 	wakeTries   uint
 	kept        int // octets of memory for payload
+	heads       int // and for heads
 	syns        []keptSyn
 	synIndex    map[ConnID]int // into syns
 	synTokens   int
@@ -396,6 +398,7 @@ func (e *Engine) unkeep(c *conn) {
 	e.kept -= cap(c.kept)
 	c.app.kept -= cap(c.kept)
 	c.kept, c.keptFin, c.urgent = nil, false, false
+	e.dropHead(c)
 }
 
 // keepRoom has c.kept hold n octets more, at most most in all, under the budgets
@@ -405,9 +408,10 @@ func (e *Engine) keepRoom(c *conn, n, most int) bool {
 	if need <= cap(c.kept) {
 		return true
 	}
-	grown := min(max(need, 2*cap(c.kept)), most)
+	left := min(e.cfg.KeepTotal-e.kept, e.cfg.KeepPerApp-c.app.kept)
+	grown := max(need, min(2*cap(c.kept), most, cap(c.kept)+left))
 	more := grown - cap(c.kept)
-	if e.kept+more > e.cfg.KeepTotal || c.app.kept+more > e.cfg.KeepPerApp {
+	if more > left {
 		return false
 	}
 	e.kept += more

@@ -176,6 +176,7 @@ func (e *Engine) heldNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effec
 		c.ep.Closed = true
 		if !kept {
 			fx.Reason = HeldDataDropped
+			e.keepHead(c, s)
 		}
 		if c.token(now, s) {
 			sp := c.ep.Ack()

@@ -222,6 +222,8 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 		c.retries = 0
 		c.redoAt = now + 30e6
 		e.atConn(c.redoAt, c)
+	default:
+		e.handHead(now, c, c.head, fx)
 	}
 	if c.shut {
 		c.ep.Closed, c.reloaded = false, false

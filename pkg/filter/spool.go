@@ -51,6 +51,7 @@ func (e *Engine) spoolNews(now Time, a *app, c *conn, v tcpemu.Verdict, fx *Effe
 			reason = HeldFin
 		}
 	}
+	e.keepHead(c, s)
 	fx.drop(reason)
 	if c.token(now, s) || reason == HeldSpooled {
 		sp := c.ep.Ack()
@@ -113,6 +114,7 @@ func (e *Engine) spoolOctets(c *conn, p []byte, fx *Effects) bool {
 	c.spooled, c.chunks = true, true
 	c.ep.RcvNxt = c.ep.RcvNxt.Add(uint32(len(p)))
 	c.bytesIn += uint64(len(p))
+	e.dropHead(c)
 	return true
 }
 
@@ -182,7 +184,12 @@ func (e *Engine) spoolTaken(now Time, c *conn, ack, edge seqnum.Value, fx *Effec
 			c.finIn, c.finInEnd, c.remoteFirst = true, end, !c.finOut
 			c.closing(now)
 		}
+		head := c.head
 		e.endSpool(c, fx)
+		if s := c.app.state; s == appstate.Restored || s == appstate.SnapshotStart {
+			c.acknowledgesNow()
+			e.handHead(now, c, head, fx)
+		}
 		return
 	}
 	news := ack.Sub(c.keptAt)

@@ -388,6 +388,14 @@ func (h *hours) restore() {
 		if p.prof.say > 0 {
 			want += fmt.Sprintf("%0*d", p.prof.say, p.i)
 		}
+		if got, _ := h.w.Taken(p.name); h.spool > 0 && len(p.pending) > 0 { // behind the spool what it offered last
+			r, n := h.w.Remote(p.name), len(got)-(len(want)-len(p.pending))
+			if n <= 0 {
+				h.fail(p, "behind the restore local has %d octets, and not what came when there was no more room", len(got))
+			}
+			p.pending, r.Next = p.pending[n:], r.Next.Add(uint32(n))
+			h.w.SetRemote(p.name, r)
+		}
 		if h.spool > 0 && len(p.pending) > 0 {
 			h.play("remote %s ACK data %q", p.name, p.pending)
 		}
