@@ -58,15 +58,17 @@ test: deps-test build vet
 	@$(MAKE) --no-print-directory test-race
 	@$(MAKE) --no-print-directory test-root
 
-# What dies on the way: filter and agent at the boundaries of their effects and at any time,
-# KILLS times in each of four settings; and for SOAK what they have of the machine does not grow.
-KILLS ?= 130
-SOAK  ?= 30m
+# What dies on the way: filter and agent at every boundary of their effects in every state and at any
+# time, at least KILLS times in each of four settings, in an order that KILLSEED makes; and for SOAK
+# what they have of the machine does not grow.
+KILLS    ?= 130
+KILLSEED ?= 1
+SOAK     ?= 30m
 # and for how many simulated hours 10,000 connections are held.
 HOURS ?= 24
 test-crash: deps-test bin/bytecount bin/demo bin/pool bin/interp
 	go test -count=1 -v ./pkg/filter/filtertest/sim -run '^TestHours' -hours $(HOURS)
-	NFCF_BIN=$(CURDIR)/bin go test -count=1 -v -timeout 150m $(EXEC) ./test -run '^(TestKills|TestSoak)$$' -kills $(KILLS) -soak $(SOAK)
+	NFCF_BIN=$(CURDIR)/bin go test -count=1 -v -timeout 150m $(EXEC) ./test -run '^(TestKills|TestSoak)$$' -kills $(KILLS) -every -kill-seed $(KILLSEED) -soak $(SOAK)
 
 # The engine between two real TCP stacks. A seed that fails is named with the
 # command that plays it again.

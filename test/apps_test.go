@@ -140,11 +140,7 @@ func behindFirewall(t *testing.T, app harness.App, rules ...string) {
 	}
 	must(t, n.Net.Node().Sysctl("net/netfilter/nf_conntrack_tcp_loose", "0"))
 	if ns := n.Behind("redis"); ns != nil { // which may have a firewall of its own
-		out, err := ns.Command("sh", "-ec", "for c in INPUT OUTPUT; do "+iptables()+" -A $c -m conntrack --ctstate INVALID -j DROP; done").CombinedOutput()
-		if err != nil {
-			t.Fatalf("iptables: %v\n%s", err, out)
-		}
-		must(t, ns.Sysctl("net/netfilter/nf_conntrack_tcp_loose", "0"))
+		tracked(t, ns, "0")
 	}
 	must(t, n.Up())
 	load := redisClients(t, n, 100)
