@@ -199,7 +199,9 @@ func (d *dial) connecting() bool {
 	case tcp.StateEstablished, tcp.StateCloseWait:
 		d.w.trace.note("connection %d of the application is open", d.id)
 		if d.connected = true; !d.was {
-			d.was = true
+			if d.was = true; len(d.far) > 0 { // it is one that an earlier process had begun to open
+				d.port = d.far[0].port
+			}
 			d.next()
 		}
 		return true
@@ -372,7 +374,7 @@ func (a *agent) dialAgain() {
 // overAtHome tells whether c is one that the application has closed: nobody opens it again.
 func (w *world) overAtHome(c *filter.ConnInfo) bool {
 	d := w.byDial[c.ID.Remote]
-	return c.Role == appstate.Active && d != nil && (d.done || d.port != c.ID.Local.Port())
+	return c.Role == appstate.Active && d != nil && (d.done || d.was && d.port != c.ID.Local.Port())
 }
 
 func (d *dial) String() string {

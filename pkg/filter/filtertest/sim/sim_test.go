@@ -13,7 +13,7 @@ var (
 	seeds    = flag.Int("seeds", 100, "how many seeds are played")
 	first    = flag.Uint64("first", 1, "the first seed")
 	one      = flag.Int64("seed", -1, "play only this seed")
-	traceTo  = flag.String("trace", "", "write the whole trace of -seed to this file")
+	traceTo  = flag.String("transcript", "", "write the whole trace of -seed to this file")
 	pcapTo   = flag.String("pcap", "", "write what the remotes of -seed saw to this file")
 	features = flag.String("without", "", "features to leave out: letters of loss(l) reorder(r) crash(c) aborts(a) force(f) bulk(b) outsiders(o) late(t) plain(p) keepalive(k) spool(s) heartbeats(h) dials(d)")
 	lines    = flag.Int("lines", 60, "lines of the trace that an error shows")
@@ -77,7 +77,7 @@ func TestSeeds(t *testing.T) {
 				total.add(rep)
 				mu.Unlock()
 				if err != nil {
-					t.Errorf("%v\nplay it again: go test ./pkg/filter/filtertest/sim -run TestSeeds -seed %d -trace /tmp/trace.txt -pcap /tmp/sim.pcap", err, seed)
+					t.Errorf("%v\nplay it again: go test ./pkg/filter/filtertest/sim -run TestSeeds -seed %d -transcript /tmp/seed.txt -pcap /tmp/sim.pcap", err, seed)
 				}
 			}
 		})
