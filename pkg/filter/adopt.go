@@ -23,6 +23,9 @@ func (e *Engine) adopt(now Time, b *Adopt, a *app, fx *Effects) *Result {
 		if there[c.socketID()] || c.expire != 0 || c.state == appstate.SynSent || at <= max(c.created, c.opened) {
 			continue
 		}
+		if c.handshake && !c.ackSeen && now-c.created <= young {
+			continue // local may have answered with a cookie, and has no socket yet (RFC 4987 section 3.6)
+		}
 		e.remove(c, fx)
 		res.Forgotten++
 	}

@@ -302,6 +302,10 @@ type pendingSyn struct {
 // SYN that was noted.
 func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 	syn := c.syn
+	if c.state == appstate.Closing && !syn.seen && (!c.handshake || c.iss != s.Seq) {
+		e.remove(c, fx) // it is over, and local has begun another one, whose SYN passed unseen
+		return
+	}
 	if syn.out || !c.answersSyn(s) || c.handshake && c.iss == s.Seq && c.irs == syn.irs {
 		return
 	}
