@@ -85,8 +85,11 @@ func (c *conn) expireIn(now, d Time) {
 }
 
 // unheard tells whether local has closed and may have something to repeat of
-// which the numbers are not known.
-func (c *conn) unheard() bool { return c.finOut && !c.learned && c.saidAll && c.sendQueue > 0 }
+// which the numbers are not known; to a filter that started anew in a freeze those of
+// before are old.
+func (c *conn) unheard() bool {
+	return c.finOut && !c.learned && (c.saidAll && c.sendQueue > 0 || c.reloaded && c.app.restarted)
+}
 
 // unheardFor is how long a snapshot waits for their numbers.
 const unheardFor = 1e9

@@ -23,7 +23,7 @@ func (e *Engine) snapshotStart(now Time, r *Request, b *SnapshotStart, a *app, f
 	if b.Listen != nil {
 		a.listen = slices.Clone(b.Listen)
 	}
-	a.asked, a.askNext, a.since = 0, 0, now
+	a.asked, a.askNext, a.since, a.restarted = 0, 0, now, false
 	a.quiet = cmp.Or(b.Quiet, defaultQuiet)
 	a.followAll(kind)
 	for _, c := range a.conns {
