@@ -377,7 +377,7 @@ func (k *slaughter) operation(d doom) (op func() harness.Result, name string, on
 	return func() harness.Result { return at.Ctl(command...) }, command[0], on
 }
 
-// visit is a client that comes, speaks and goes.
+// visit is a client that comes, speaks and goes, and an operator who asks how things are.
 func (k *slaughter) visit() harness.Result {
 	r, err := clients.DialRedis(k.c.Dial, at(6379), nextClient, clients.KeepAlive{})
 	nextClient++
@@ -387,6 +387,7 @@ func (k *slaughter) visit() harness.Result {
 	if err != nil {
 		return harness.Result{Code: 1, Stderr: err.Error()}
 	}
+	_ = k.c.Nodes[k.on].Ctl("status", "redis") // the filter may end before it answers
 	return harness.Result{}
 }
 
