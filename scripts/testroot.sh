@@ -5,7 +5,7 @@
 # Usage: scripts/testroot.sh [FLAGS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-half='^(TestKills|TestSoak|TestHotRestart|TestDiskFull|TestAgentDisk|TestReadOnlyState|TestCRIUAgentCrash|TestCRIUAction|TestCRIUMigrate.*|TestIPv6|TestMigrate.*|TestScheduler.*|TestHibernate|TestCluster.*|TestFilterCrash|TestAgentCrash.*|TestDemo.*|TestBehind)$'
+half='^(TestKills|TestBulkWriters|TestSpool|TestSoak|TestHotRestart|TestDiskFull|TestAgentDisk|TestReadOnlyState|TestCRIUAgentCrash|TestCRIUAction|TestCRIUMigrate.*|TestIPv6|TestMigrate.*|TestScheduler.*|TestHibernate|TestCluster.*|TestFilterCrash|TestAgentCrash.*|TestDemo.*|TestBehind)$'
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 go test -count=1 -v "$@" -skip "$half" ./test/ >"$dir/second" 2>&1 &
