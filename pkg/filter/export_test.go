@@ -7,3 +7,6 @@ func (e *Engine) DueAt(t Time) int {
 	}
 	return len(e.asked[t])
 }
+
+// Heads is how many octets of heads are counted.
+func Heads(e *Engine) int { return e.heads }

@@ -45,17 +45,14 @@ func (e *Engine) dropHead(c *conn) {
 	c.head = nil
 }
 
-// handHead hands a head to local, which stands at RCV.NXT and has nothing else to take: from
-// here on it is payload that was kept.
-func (e *Engine) handHead(now Time, c *conn, head []byte, fx *Effects) {
+// useHead makes the head of a connection whose local side is to be handed what was kept, and
+// which has nothing of it but maybe this, payload that was kept.
+func (e *Engine) useHead(c *conn, head []byte) {
 	e.dropHead(c)
-	if len(head) == 0 || c.headAt != c.ep.RcvNxt {
+	if len(head) == 0 || c.headAt != c.ep.RcvNxt || c.spooled || c.finIn || len(c.kept) > 0 || c.keptFin {
 		return
 	}
 	c.keptAt, c.kept = c.ep.RcvNxt, head
 	e.kept += cap(head)
 	c.app.kept += cap(head)
-	e.handKept(c, fx)
-	c.retries, c.redoAt = 0, now+30e6
-	e.atConn(c.redoAt, c)
 }

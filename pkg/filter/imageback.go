@@ -113,6 +113,9 @@ func (e *Engine) openImage(now Time, c *conn, fx *Effects) {
 	if c.finIn || c.half {
 		c.set(appstate.Closing)
 	}
+	if !c.spooled {
+		e.useHead(c, c.head)
+	}
 	hands := c.spooled || len(c.kept) > 0 || c.keptFin
 	if brief := c.tr == (rewrite.Translation{}); !c.translated && (!brief || hands || len(c.own) > 0) {
 		e.flow(c, true, fx)

@@ -28,6 +28,9 @@ func (c *conn) prepare(now Time) {
 	c.last, c.lastIn, c.lastOut = nobody, 0, 0
 	c.hsDone, c.hsStarted, c.hsError = false, false, ""
 	c.ep.Closed, c.hole = false, false
+	if !c.spooled {
+		c.app.engine.dropHead(c)
+	}
 	if c.redoAt != 0 && !c.spooled { // a spool is handed on until the seal
 		c.redoAt = 0
 		c.finOwed = c.finIn && c.translated // the remote was told that it is taken and does not send it again

@@ -301,32 +301,41 @@ func TestSpoolAfterRestart(t *testing.T) {
 }
 
 // What has no room may have some for the first octets of a remote, up to an eighth of
-// the budget, which local gets when it is back; then nothing counts as kept.
+// the budget, which local gets when it is back, or when the snapshot is given up; then
+// nothing counts as kept.
 func TestHeads(t *testing.T) {
-	e := filter.New(filter.Config{KeepPerConn: 8000, KeepTotal: 8000})
-	w := filtertest.With(e)
-	script := "app redis 10.0.0.100 6379\n"
-	for _, l := range []string{"a 10.0.0.2:1", "b 10.0.0.2:2", "c 10.0.0.2:3"} {
-		script += "link " + l + "\nopen " + l[:1] + "\n"
-	}
-	script += "request SNAPSHOTSTART\nrequest SNAPSHOTFREEZE\nadvance 60ms\nrequest SEAL\nrequest SNAPSHOTDONE s\n"
-	for _, s := range []string{"a 8000", "b 700", "b 700", "c 700"} {
-		name, n, _ := strings.Cut(s, " ")
-		length, _ := strconv.Atoi(n)
-		script += fmt.Sprintf("remote %s ACK data %q\nremote %[1]s ACK seq -%[3]d\n", name, strings.Repeat("x", length), length)
-	}
-	script += "newlocal a 1 1\nnewlocal b 2 1\nnewlocal c 3 1\nrequest RESTORESTART s\nrequest RESTORECONN a b c\nadvance 20ms\nrequest RESTORED\nadvance 1s\n"
-	if err := w.Play(script); err != nil {
-		t.Fatal(err)
-	}
-	for name, want := range map[string]int{"a": 8000, "b": 700, "c": 0} {
-		if got, _ := w.Taken(name); len(got) != want {
-			t.Errorf("local has %d octets of %s, want %d", len(got), name, want)
-		}
-	}
-	for _, l := range e.Limits() {
-		if l.Name == "kept_bytes" && l.Used != 0 {
-			t.Errorf("%d octets count as kept when all are taken", l.Used)
-		}
+	const begin = "app redis 10.0.0.100 6379\nlink a 10.0.0.2:1\nlink b 10.0.0.2:2\nlink c 10.0.0.2:3\nopen a\nopen b\nopen c\n" +
+		"request SNAPSHOTSTART\nrequest SNAPSHOTFREEZE\nadvance 60ms\n"
+	for name, script := range map[string]string{
+		"restored": begin + "request SEAL\nrequest SNAPSHOTDONE s\nOCTETS\nnewlocal a 1 1\nnewlocal b 2 1\nnewlocal c 3 1\n" +
+			"request RESTORESTART s\nrequest RESTORECONN a b c\nadvance 20ms\nrequest RESTORED\nadvance 1s",
+		"aborted": begin + "OCTETS\nrequest SNAPSHOTABORT\nadvance 1s",
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := filter.New(filter.Config{KeepPerConn: 8000, KeepTotal: 8000})
+			w := filtertest.With(e)
+			octets := ""
+			for _, s := range []string{"a 8000", "b 700", "b 700", "c 700"} {
+				name, n, _ := strings.Cut(s, " ")
+				length, _ := strconv.Atoi(n)
+				octets += fmt.Sprintf("remote %s ACK data %q\nremote %[1]s ACK seq -%[3]d\n", name, strings.Repeat("x", length), length)
+			}
+			if err := w.Play(strings.Replace(script, "OCTETS", octets, 1)); err != nil {
+				t.Fatal(err)
+			}
+			for name, want := range map[string]int{"a": 8000, "b": 700, "c": 0} {
+				if got, _ := w.Taken(name); len(got) != want {
+					t.Errorf("local has %d octets of %s, want %d", len(got), name, want)
+				}
+			}
+			for _, l := range e.Limits() {
+				if l.Name == "kept_bytes" && l.Used != 0 {
+					t.Errorf("%d octets count as kept when all are taken", l.Used)
+				}
+			}
+			if n := filter.Heads(e); n != 0 {
+				t.Errorf("%d octets count as heads when all are taken", n)
+			}
+		})
 	}
 }

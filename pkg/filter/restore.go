@@ -208,6 +208,9 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 		c.remoteFirst = true
 		c.set(appstate.Closing)
 	}
+	if !c.spooled {
+		e.useHead(c, c.head)
+	}
 	switch {
 	case c.spooled:
 		c.shut = c.ep.Closed
@@ -222,8 +225,6 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 		c.retries = 0
 		c.redoAt = now + 30e6
 		e.atConn(c.redoAt, c)
-	default:
-		e.handHead(now, c, c.head, fx)
 	}
 	if c.shut {
 		c.ep.Closed, c.reloaded = false, false

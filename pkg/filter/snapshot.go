@@ -273,6 +273,9 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 // sends it again.
 func (e *Engine) handBack(now Time, c *conn, fx *Effects) {
 	e.trimKept(c)
+	if !c.spooled {
+		e.useHead(c, c.head)
+	}
 	if len(c.kept) == 0 && !c.keptFin && !c.finOwed {
 		return
 	}

@@ -187,7 +187,6 @@ func (e *Engine) spoolTaken(now Time, c *conn, ack, edge seqnum.Value, fx *Effec
 		head := c.head
 		e.endSpool(c, fx)
 		if s := c.app.state; s == appstate.Restored || s == appstate.SnapshotStart {
-			c.acknowledgesNow()
 			e.handHead(now, c, head, fx)
 		}
 		return
@@ -210,6 +209,17 @@ func (e *Engine) spoolTaken(now Time, c *conn, ack, edge seqnum.Value, fx *Effec
 		c.redoAt = now + 200e6
 		e.atConn(c.redoAt, c)
 	}
+}
+
+// handHead hands a head to local, which has taken the spool before it.
+func (e *Engine) handHead(now Time, c *conn, head []byte, fx *Effects) {
+	if e.useHead(c, head); len(c.kept) == 0 {
+		return
+	}
+	c.acknowledgesNow()
+	e.handKept(c, fx)
+	c.retries, c.redoAt = 0, now+30e6
+	e.atConn(c.redoAt, c)
 }
 
 // unspool forgets the first n octets, which local has taken.
