@@ -528,6 +528,9 @@ func (c *conn) missing(now Time) string {
 		if c.unheard() && !c.app.sealed && now-c.app.since < unheardFor {
 			return "local has closed and its numbers are not learned yet"
 		}
+		if c.reloaded && !c.app.sealed && now-c.app.since >= unheardFor {
+			return "" // its remote does not say what an earlier filter may have seen acknowledged
+		}
 		if n := c.ep.SndNxt.Size(c.ep.SndUna); c.learned && n > 1 {
 			return fmt.Sprintf("local has closed and %d octets are not acknowledged by the remote", n-1)
 		}

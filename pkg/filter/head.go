@@ -22,7 +22,7 @@ const (
 // keepHead takes note of the octets of s at RCV.NXT, where that has some.
 func (e *Engine) keepHead(c *conn, s *packet.Segment) {
 	p, skip := s.Payload(), c.ep.RcvNxt.Sub(s.Seq)
-	if skip < 0 || int(skip) >= len(p) || c.keptFin {
+	if skip < 0 || int(skip) >= len(p) || c.keptFin || s.Has(packet.URG) { // the mark would be lost
 		return
 	}
 	p = p[skip:][:min(len(p)-int(skip), mostHead)]

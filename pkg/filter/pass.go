@@ -302,7 +302,7 @@ type pendingSyn struct {
 // SYN that was noted.
 func (e *Engine) synAckOut(now Time, c *conn, s *packet.Segment, fx *Effects) {
 	syn := c.syn
-	if c.state == appstate.Closing && !syn.seen && (!c.handshake || c.iss != s.Seq) {
+	if c.state == appstate.Closing && c.finOut && !c.translated && !syn.seen && (!c.handshake || c.iss != s.Seq) {
 		e.remove(c, fx) // it is over, and local has begun another one, whose SYN passed unseen
 		return
 	}
