@@ -109,6 +109,14 @@ func (d doom) start(n *harness.Node) error {
 	return n.StartAgent()
 }
 
+// state is that of an application in which it comes; "": in any.
+func (d doom) state() string {
+	if d.at == nil {
+		return ""
+	}
+	return d.at.State
+}
+
 // other is the other program.
 func (d doom) other() doom {
 	if d.program == "filter" {
@@ -182,11 +190,12 @@ type slaughter struct {
 // kills are their numbers by program and boundary, and by state.
 type kills map[string]map[string]int
 
-func (k kills) add(what, state string, n int) {
+func (k kills) add(d doom) {
+	what := d.String()
 	if k[what] == nil {
 		k[what] = map[string]int{}
 	}
-	k[what][state] += n
+	k[what][d.state()]++
 }
 
 // TestKills ends filter and agent with SIGKILL, at the boundaries of their effects and at any
@@ -247,7 +256,7 @@ func (k *slaughter) run(t *testing.T, kills int) {
 		if k.one(t, d); k.total == before && k.meets(d) && d.tries+1 < tries {
 			d.tries++
 			d.at = &failpoint.Point{Name: d.at.Name, State: d.at.State, Count: 1}
-			if d.at.State == "CONNECTED" {
+			if d.state() == "CONNECTED" {
 				list = slices.Insert(list, 0, d)
 			} else {
 				list = append(list, d)
@@ -283,7 +292,8 @@ func (k *slaughter) one(t *testing.T, d doom) {
 			how = "killed with the other one"
 			d.other().daemon(victim).Kill()
 		}
-		k.note(d)
+		k.total++
+		k.met.add(d)
 		time.Sleep(time.Duration(k.rng.IntN(300)) * time.Millisecond) // the length of the outage
 		must(t, d.start(victim))
 		if d.both {
@@ -350,12 +360,12 @@ func (k *slaughter) end(t *testing.T, d doom, victim *harness.Node, done <-chan 
 // something, and clients that speak wake what was snapshotted. While an application is CONNECTED a
 // client comes and goes.
 func (k *slaughter) operation(d doom) (op func() harness.Result, name string, on int) {
-	if d.at != nil && d.at.State == "CONNECTED" && d.at.Name != k.first {
+	if d.state() == "CONNECTED" && d.at.Name != k.first {
 		return k.visit, "visit", k.on
 	}
 	on = k.rng.IntN(len(k.c.Nodes))
 	migrate := k.rng.IntN(3) > 0
-	if d.at != nil && d.at.State != "" {
+	if d.state() != "" {
 		on = k.on
 		switch d.tries {
 		case 1:
@@ -389,15 +399,6 @@ func (k *slaughter) visit() harness.Result {
 	}
 	_ = k.c.Nodes[k.on].Ctl("status", "redis") // the filter may end before it answers
 	return harness.Result{}
-}
-
-func (k *slaughter) note(d doom) {
-	k.total++
-	state := ""
-	if d.at != nil {
-		state = d.at.State
-	}
-	k.met.add(d.String(), state, 1)
 }
 
 func (k *slaughter) print(t *testing.T) {
@@ -438,12 +439,8 @@ func (k kills) String() string {
 func (k *slaughter) complete(t *testing.T) {
 	t.Helper()
 	for _, d := range k.dooms(rand.New(rand.NewPCG(0, 0)), true) {
-		state := ""
-		if d.at != nil {
-			state = d.at.State
-		}
-		if met := k.met[d.String()][state] > 0; met != k.meets(d) {
-			t.Errorf("%v in state %q: met is %v, it is %v that they come together", d, state, met, !met)
+		if met := k.met[d.String()][d.state()] > 0; met != k.meets(d) {
+			t.Errorf("%v in state %q: met is %v, it is %v that they come together", d, d.state(), met, !met)
 		}
 	}
 }

@@ -9,4 +9,4 @@ func (e *Engine) DueAt(t Time) int {
 }
 
 // Heads is how many octets of heads are counted.
-func Heads(e *Engine) int { return e.heads }
+func (e *Engine) Heads() int { return e.heads }

@@ -48,8 +48,11 @@ func (e *Engine) dropHead(c *conn) {
 // useHead makes the head of a connection whose local side is to be handed what was kept, and
 // which has nothing of it but maybe this, payload that was kept.
 func (e *Engine) useHead(c *conn, head []byte) {
+	if c.spooled { // local is to take that first
+		return
+	}
 	e.dropHead(c)
-	if len(head) == 0 || c.headAt != c.ep.RcvNxt || c.spooled || c.finIn || len(c.kept) > 0 || c.keptFin {
+	if len(head) == 0 || c.headAt != c.ep.RcvNxt || c.finIn || len(c.kept) > 0 || c.keptFin {
 		return
 	}
 	c.keptAt, c.kept = c.ep.RcvNxt, head

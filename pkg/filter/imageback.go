@@ -113,9 +113,7 @@ func (e *Engine) openImage(now Time, c *conn, fx *Effects) {
 	if c.finIn || c.half {
 		c.set(appstate.Closing)
 	}
-	if !c.spooled {
-		e.useHead(c, c.head)
-	}
+	e.useHead(c, c.head)
 	hands := c.spooled || len(c.kept) > 0 || c.keptFin
 	if brief := c.tr == (rewrite.Translation{}); !c.translated && (!brief || hands || len(c.own) > 0) {
 		e.flow(c, true, fx)
@@ -138,8 +136,7 @@ func (e *Engine) handImage(now Time, c *conn, hands bool, fx *Effects) {
 		} else {
 			e.handKept(c, fx)
 		}
-		c.retries, c.redoAt = 0, now+30e6
-		e.atConn(c.redoAt, c)
+		e.redoSoon(now, c)
 	}
 	if c.shut && !c.spooled {
 		sp := c.ep.Ack()

@@ -333,7 +333,7 @@ func TestHeads(t *testing.T) {
 					t.Errorf("%d octets count as kept when all are taken", l.Used)
 				}
 			}
-			if n := filter.Heads(e); n != 0 {
+			if n := e.Heads(); n != 0 {
 				t.Errorf("%d octets count as heads when all are taken", n)
 			}
 		})

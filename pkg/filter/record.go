@@ -463,8 +463,7 @@ func (e *Engine) resume(now Time, a *app, rebooted bool, fx *Effects) {
 			}
 			if c.spooled { // local still takes it
 				c.handshakeEnd()
-				c.redoAt = now + 30e6
-				e.atConn(c.redoAt, c)
+				e.redoSoon(now, c)
 			}
 			// What passed since is not in the record: local is asked again.
 			c.learned, c.confirmed, c.rcvKnown = false, false, c.learned || !c.saidAll

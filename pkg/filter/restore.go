@@ -208,23 +208,18 @@ func (e *Engine) open(now Time, c *conn, fx *Effects) {
 		c.remoteFirst = true
 		c.set(appstate.Closing)
 	}
-	if !c.spooled {
-		e.useHead(c, c.head)
-	}
+	e.useHead(c, c.head)
 	switch {
 	case c.spooled:
 		c.shut = c.ep.Closed
 		e.deliver(now, c, c.keptAt, c.keptAt.Add(uint32(c.hsWindow)), fx)
-		c.retries, c.redoAt = 0, now+30e6
-		e.atConn(c.redoAt, c)
+		e.redoSoon(now, c)
 	case c.finIn || len(c.kept) > 0 || c.keptFin:
 		if c.kept == nil {
 			c.keptAt = c.ep.RcvNxt
 		}
 		e.handKept(c, fx)
-		c.retries = 0
-		c.redoAt = now + 30e6
-		e.atConn(c.redoAt, c)
+		e.redoSoon(now, c)
 	}
 	if c.shut {
 		c.ep.Closed, c.reloaded = false, false
@@ -252,8 +247,7 @@ func (e *Engine) openAgain(now Time, c *conn, fx *Effects) {
 		c.keptAt = c.ep.RcvNxt
 		c.handshakeEnd()
 		e.handKept(c, fx)
-		c.retries, c.redoAt = 0, now+30e6
-		e.atConn(c.redoAt, c)
+		e.redoSoon(now, c)
 	case c.shut:
 		e.askBlind(c, fx)
 	}
@@ -353,6 +347,12 @@ func (e *Engine) handSegment(c *conn, seq seqnum.Value, p []byte, fin bool, fx *
 		sp.Urgent = uint16(ahead)
 	}
 	fx.send(&sp, true)
+}
+
+// redoSoon has what was handed to local now handed over again unless it is acknowledged.
+func (e *Engine) redoSoon(now Time, c *conn) {
+	c.retries, c.redoAt = 0, now+30e6
+	e.atConn(c.redoAt, c)
 }
 
 // redeliver hands kept octets over again where local has not acknowledged

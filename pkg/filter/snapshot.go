@@ -273,9 +273,7 @@ func (e *Engine) backToRestored(now Time, a *app, fx *Effects, why string) {
 // sends it again.
 func (e *Engine) handBack(now Time, c *conn, fx *Effects) {
 	e.trimKept(c)
-	if !c.spooled {
-		e.useHead(c, c.head)
-	}
+	e.useHead(c, c.head)
 	if len(c.kept) == 0 && !c.keptFin && !c.finOwed {
 		return
 	}
@@ -288,9 +286,8 @@ func (e *Engine) handBack(now Time, c *conn, fx *Effects) {
 		e.unkeep(c)
 		return
 	}
-	c.retries, c.finOwed = 0, false
-	c.redoAt = now + 30e6
-	e.atConn(c.redoAt, c)
+	c.finOwed = false
+	e.redoSoon(now, c)
 }
 
 // trimKept drops what of the kept octets local has taken by other ways, and what

@@ -218,8 +218,7 @@ func (e *Engine) handHead(now Time, c *conn, head []byte, fx *Effects) {
 	}
 	c.acknowledgesNow()
 	e.handKept(c, fx)
-	c.retries, c.redoAt = 0, now+30e6
-	e.atConn(c.redoAt, c)
+	e.redoSoon(now, c)
 }
 
 // unspool forgets the first n octets, which local has taken.

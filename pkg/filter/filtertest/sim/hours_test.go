@@ -395,9 +395,9 @@ func (h *hours) restore() {
 			}
 			p.pending, r.Next = p.pending[n:], r.Next.Add(uint32(n))
 			h.w.SetRemote(p.name, r)
-		}
-		if h.spool > 0 && len(p.pending) > 0 {
-			h.play("remote %s ACK data %q", p.name, p.pending)
+			if len(p.pending) > 0 {
+				h.play("remote %s ACK data %q", p.name, p.pending)
+			}
 		}
 		if !p.prof.halfClosed {
 			h.play("remote %s ACK data \"after\"", p.name)
