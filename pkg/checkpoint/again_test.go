@@ -387,3 +387,30 @@ func TestStaleSocket(t *testing.T) {
 		t.Errorf("tried again: %v", got)
 	}
 }
+
+// A new agent gives an earlier one's migration up, and the taker takes the application over
+// all the same: what is recorded of the migration goes when that is through.
+func TestResumeOvertaken(t *testing.T) {
+	w, a := newWorld(t, 1)
+	w.away()
+	w.vip[""] = false
+	if err := a.intents.save(intent{App: "redis", Op: opMigrate, Ran: true, ToNode: "node-b", BootID: bootID()}); err != nil {
+		t.Fatal(err)
+	}
+	w.setHook("vip+eth0", func() { // behind the look at its state, before the restore
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.state, w.takenBy = control.StateBlockData, "node-b"
+	})
+	a.recover(t.Context())
+	if in, err := a.intents.load("redis"); in == nil || err != nil {
+		t.Errorf("the record is %v, %v while the other node is at it", in, err)
+	}
+	w.mu.Lock()
+	w.state, w.takenBy, w.conns = "", "", nil
+	w.mu.Unlock()
+	within(t, "nothing is recorded any more", func() bool {
+		in, err := a.intents.load("redis")
+		return err == nil && in == nil
+	})
+}

@@ -100,8 +100,13 @@ func (a *agent) recoverApp(look context.Context, app *config.App) (done bool, fa
 	a.finish(op, err)
 	if again != nil && err == nil {
 		a.wg.Go(func() {
-			if err := again(); err != nil {
-				a.log.Error("what an earlier agent began failed", "app", app.Name, "err", err)
+			err := again()
+			if err == nil {
+				return
+			}
+			a.log.Error("what an earlier agent began failed", "app", app.Name, "err", err)
+			if st, err := a.status(a.root, app.Name); err == nil && (st.State == control.StateBlockData || st.State == control.StateUnknown) {
+				a.recoverLater(app.Name) // another node was quicker: what is recorded ends with what comes of that
 			}
 		})
 	}
